@@ -1,0 +1,71 @@
+"""Run Fractal workflows, and any Python call, through interchangeable executors.
+
+The public names are loaded on first use (PEP 562): a worker process imports
+`fractal_runner.worker.command` through this package and must not pay for pydantic or typer.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from fractal_runner.errors import (
+        InputFileError,
+        JobExecutionError,
+        TaskExecutionError,
+        TaskOutputValidationError,
+    )
+    from fractal_runner.workflow.events import (
+        Event,
+        TaskFinished,
+        TaskProgress,
+        TaskStarted,
+        UnitFinished,
+    )
+    from fractal_runner.workflow.files import load_dataset, load_workflow
+    from fractal_runner.workflow.models import Dataset, Image, Task, Workflow, WorkflowTask
+    from fractal_runner.workflow.process import process_workflow
+
+__all__ = [
+    "Dataset",
+    "Event",
+    "Image",
+    "InputFileError",
+    "JobExecutionError",
+    "Task",
+    "TaskExecutionError",
+    "TaskFinished",
+    "TaskOutputValidationError",
+    "TaskProgress",
+    "TaskStarted",
+    "UnitFinished",
+    "Workflow",
+    "WorkflowTask",
+    "load_dataset",
+    "load_workflow",
+    "process_workflow",
+]
+
+_HOME_OF = {
+    "errors": ("InputFileError", "JobExecutionError", "TaskExecutionError", "TaskOutputValidationError"),
+    "workflow.events": ("Event", "TaskProgress", "TaskFinished", "TaskStarted", "UnitFinished"),
+    "workflow.files": ("load_dataset", "load_workflow"),
+    "workflow.models": ("Dataset", "Image", "Task", "Workflow", "WorkflowTask"),
+    "workflow.process": ("process_workflow",),
+}
+_MODULE_OF = {name: module for module, names in _HOME_OF.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,360 @@
+"""Run one unit of work where it is to run, and report what happened to it as data.
+
+`run_unit` is what an executor is given, in whatever thread, process or cluster job that may be. It
+writes the unit's arguments, starts its command in a process group of its own, watches it (a limit, a
+request to stop) and reads what it left. It never raises for what the task did.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+import subprocess
+import time
+import zlib
+from dataclasses import asdict, fields, replace
+from typing import Any
+
+from fractal_runner.worker import processes
+from fractal_runner.worker.evidence import Ledger, own_ledger
+from fractal_runner.worker.function import call_function
+from fractal_runner.worker.processes import Child
+from fractal_runner.worker.spec import (
+    CANCELLED,
+    LAUNCH_FAILED,
+    TIMEOUT,
+    UNKILLABLE,
+    UnitResult,
+    UnitSpec,
+)
+from fractal_runner.worker.stop import POLL_S, StopRequest
+
+EVIDENCE_DIR = "evidence"
+LOG_TAIL_CHARS = 20_000
+MARK_VARIABLE = "FRACTAL_RUNNER_UNIT"
+
+_INLINE_OUTPUT_CHARS = 65_536
+_FIRST_SAMPLE_S = 0.05
+_LEFTOVER_GRACE_S = 2.0
+_KILL_WAIT_S = 10.0
+_RECORDED = tuple(field.name for field in fields(UnitResult) if field.name not in ("key", "output"))
+_WRITE_LOG = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC
+# The shell's codes (POSIX, XCU 2.8.2): 127 for a command that is not there, 126 for one that is but
+# cannot be executed.
+_EXEC_CODES = {
+    errno.ENOENT: 127,
+    errno.ENOTDIR: 127,
+    errno.EACCES: 126,
+    errno.ENOEXEC: 126,
+    errno.E2BIG: 126,
+    errno.ELOOP: 126,
+}
+
+
+def run_unit(spec: UnitSpec) -> UnitResult:
+    """Run `spec` here, to its end, and report it."""
+    stop = StopRequest(spec.run_id, spec.run_dir)
+    if stop.asked():
+        return _not_started(spec, CANCELLED, "The run was stopped before this unit started.")
+    try:
+        ledger = own_ledger(f"{spec.run_dir}/{EVIDENCE_DIR}")
+        ledger.append({"kind": "start", "key": spec.key, "time": time.time()})
+    except OSError as error:
+        return _not_started(spec, LAUNCH_FAILED, f"Cannot record the start of the unit: {error}.")
+    if spec.command is not None:
+        result, text = _run_command(spec, spec.command, stop, ledger)
+    else:
+        result, text = _run_function(spec, stop)
+    try:
+        ledger.append(_end_record(spec, result, text))
+    except OSError as error:
+        # The result is known here, and the coordinator records what it is told.
+        result = _with_note(result, f"The unit's end could not be recorded where it ran: {error}.")
+    return result
+
+
+def log_tail(path: str, limit: int = LOG_TAIL_CHARS) -> str:
+    """The last lines of a log, at most `limit` characters; "" if it cannot be read."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return ""
+    try:
+        size = os.fstat(fd).st_size
+        start = max(0, size - 4 * limit)  # UTF-8: at most four bytes a character
+        data = os.pread(fd, size - start, start)
+    except OSError:
+        return ""
+    finally:
+        os.close(fd)
+    text = data.decode(errors="replace").strip("\n")
+    if start == 0 and len(text) <= limit:
+        return text
+    text = text[-limit:]
+    return text[text.find("\n") + 1 :]  # from the start of a line, where there is one
+
+
+def _run_command(
+    spec: UnitSpec, command: tuple[str, ...], stop: StopRequest, ledger: Ledger
+) -> tuple[UnitResult, str | None]:
+    """The result, and the text of what the unit left."""
+    try:
+        _write_args(spec)
+        _remove(spec.out_file)
+        log = os.open(spec.log_file, _WRITE_LOG, 0o644)
+    except OSError as error:
+        return _not_started(spec, LAUNCH_FAILED, f"Cannot write the unit's files: {error}."), None
+    parent_peak = processes.own_peak_rss()
+    started = time.time()
+    try:
+        popen = subprocess.Popen(
+            [*command, "--args-json", spec.args_file, "--out-json", spec.out_file],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env={**os.environ, **dict(spec.env), MARK_VARIABLE: spec.key},
+            process_group=0,
+        )
+    except OSError as error:
+        return _not_executed(spec, command[0], error, started), None
+    finally:
+        os.close(log)
+    child = Child(popen.pid)
+    mark = f"{MARK_VARIABLE}={spec.key}".encode()
+    try:
+        note = _record_process(ledger, spec, child.pid)
+        reason, message, peak = _watch(spec, stop, child, mark)
+    except BaseException:
+        # Ctrl-C in a pool's worker: what was started here is not left behind.
+        processes.end_group(child, mark, spec.grace_s)
+        raise
+    finally:
+        child.close()
+        popen.returncode = child.returncode  # it has been reaped: Popen must not wait for it
+    code = child.returncode
+    output, output_error, text = _read_output(spec.out_file) if code == 0 else (None, None, None)
+    if child.usage is not None:
+        peak = max(peak, processes.peak_rss_of(child.usage.ru_maxrss, parent_peak))
+    result = UnitResult(
+        key=spec.key,
+        returncode=code,
+        signal=processes.signal_name(-code) if code is not None and code < 0 else None,
+        reason=reason,
+        message=message,
+        output=output,
+        output_error=output_error,
+        log_tail="" if code == 0 and output_error is None and reason is None else log_tail(spec.log_file),
+        host=processes.host_name(),
+        pid=child.pid,
+        started=started,
+        ended=time.time(),
+        cpu_s=None if child.usage is None else child.usage.ru_utime + child.usage.ru_stime,
+        peak_bytes=peak or None,
+    )
+    return (_with_note(result, note) if note else result), text
+
+
+def _watch(
+    spec: UnitSpec, stop: StopRequest, child: Child, mark: bytes
+) -> tuple[str | None, str | None, int]:
+    """Wait for the child's end, or bring it about: reason, message, and the peak memory sampled."""
+    peak = 0
+    begin = time.monotonic()
+    next_sample = begin + _FIRST_SAMPLE_S
+    next_look = begin + POLL_S
+    deadline = begin + spec.timeout_s if spec.timeout_s is not None else float("inf")
+    while not child.wait(min(next_sample, next_look, deadline) - time.monotonic()):
+        now = time.monotonic()
+        if now >= deadline:
+            message = f"It ran longer than its timeout of {spec.timeout_s:g} s."
+            return *_end(spec, child, mark, TIMEOUT, message), peak
+        if now >= next_look:
+            if stop.asked():
+                return *_end(spec, child, mark, CANCELLED, "The run was stopped."), peak
+            next_look = now + POLL_S
+        if now >= next_sample:
+            peak = max(peak, processes.sample_memory(child.pid))
+            next_sample = now + POLL_S
+    _end_leftovers(spec, child, mark)
+    return None, None, peak
+
+
+def _end(spec: UnitSpec, child: Child, mark: bytes, reason: str, message: str) -> tuple[str, str]:
+    processes.end_group(child, mark, spec.grace_s)
+    if child.wait(_KILL_WAIT_S):
+        return reason, message
+    return UNKILLABLE, f"{message} It has not ended {_KILL_WAIT_S:g} s after SIGKILL (pid {child.pid})."
+
+
+def _end_leftovers(spec: UnitSpec, child: Child, mark: bytes) -> None:
+    """End what the command left behind in its process group, once it had time to end by itself.
+
+    A unit is over when nothing of it runs any more: a background process could go on writing into an
+    image that the next task reads. Helpers such as multiprocessing's resource tracker end by themselves
+    when they see their parent gone.
+    """
+    if processes.group_is_empty(child.pid):
+        return
+    deadline = time.monotonic() + _LEFTOVER_GRACE_S
+    while time.monotonic() < deadline:
+        time.sleep(0.02)
+        if processes.group_is_empty(child.pid):
+            return
+    left = processes.group_members(child.pid)
+    processes.end_group(child, mark, spec.grace_s)
+    note = f"[fractal_runner] ended {len(left)} process(es) that the command left behind: pid {left}\n"
+    try:
+        fd = os.open(spec.log_file, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+    except OSError:
+        return  # the task removed its own log; there is nowhere to say it
+    try:
+        os.write(fd, note.encode())
+    finally:
+        os.close(fd)
+
+
+def _run_function(spec: UnitSpec, stop: StopRequest) -> tuple[UnitResult, str | None]:
+    result = call_function(spec, stop)
+    text: str | None = None
+    if result.output is not None:
+        try:
+            text = json.dumps(result.output, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            reason = f"the value that the function returned is not JSON: {error}"
+            result = replace(result, output=None, output_error=reason)
+    if not result.succeeded and result.log_tail:
+        try:
+            fd = os.open(spec.log_file, _WRITE_LOG, 0o644)
+        except OSError as error:
+            return _with_note(result, f"Its log could not be written: {error}."), text
+        try:
+            os.write(fd, result.log_tail.encode(errors="replace") + b"\n")
+        finally:
+            os.close(fd)
+        result = replace(result, log_tail=_shortened(result.log_tail))
+    return result, text
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= LOG_TAIL_CHARS else text[-LOG_TAIL_CHARS:]
+
+
+def _not_started(spec: UnitSpec, reason: str, message: str) -> UnitResult:
+    now = time.time()
+    return UnitResult(
+        key=spec.key,
+        reason=reason,
+        message=message,
+        host=processes.host_name(),
+        started=now,
+        ended=now,
+    )
+
+
+def _not_executed(spec: UnitSpec, word: str, error: OSError, started: float) -> UnitResult:
+    """The system refused to start the command: the task's fault if the command is, else the node's."""
+    if error.errno not in _EXEC_CODES:
+        return _not_started(spec, LAUNCH_FAILED, f"Cannot start {word!r}: {error}.")
+    if error.errno == errno.ENOENT and os.path.exists(word):
+        why = "the interpreter that its first line (#!) names does not exist"
+    elif error.errno == errno.ENOEXEC:
+        why = "it is neither a binary nor does it begin with #! and an interpreter"
+    else:
+        why = os.strerror(error.errno)
+    return UnitResult(
+        key=spec.key,
+        returncode=_EXEC_CODES[error.errno],
+        message=f"{word!r} cannot be executed: {why}.",
+        host=processes.host_name(),
+        started=started,
+        ended=time.time(),
+    )
+
+
+def _record_process(ledger: Ledger, spec: UnitSpec, pid: int) -> str | None:
+    """Record the identity of the unit's process; why it could not be, if so."""
+    identity = asdict(processes.identify(pid))
+    try:
+        ledger.append({"kind": "process", "key": spec.key, "process": identity})
+    except OSError as error:
+        return f"The unit's process id could not be recorded: {error}."
+    return None
+
+
+def _end_record(spec: UnitSpec, result: UnitResult, text: str | None) -> dict[str, Any]:
+    """What the ledger says of the unit's end: all that is known, but large output by file and checksum."""
+    record = {
+        name: value
+        for name in _RECORDED
+        if (value := getattr(result, name)) is not None and value != "" and value is not False
+    }
+    if text is not None:
+        if spec.command is not None and len(text) > _INLINE_OUTPUT_CHARS:
+            checksum = zlib.crc32(text.encode())
+            record["output"] = {"file": spec.out_file, "chars": len(text), "crc32": checksum}
+        else:
+            record["output"] = {"json": text}
+    return {"kind": "end", "key": spec.key, "result": record}
+
+
+def _with_note(result: UnitResult, note: str) -> UnitResult:
+    return replace(result, message=f"{result.message} {note}" if result.message else note)
+
+
+def _write_args(spec: UnitSpec) -> None:
+    data = json.dumps(spec.args, allow_nan=False, indent=2).encode()
+    fd = os.open(spec.args_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view) :]
+    except OSError as error:
+        error.filename = spec.args_file  # write(2) knows only the descriptor
+        raise
+    finally:
+        os.close(fd)
+
+
+def _remove(path: str) -> None:
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        return
+
+
+def _read_output(path: str) -> tuple[Any, str | None, str | None]:
+    """What the unit left in its out file: the value, or why there is none; and its text."""
+    try:
+        # Non-blocking, because a task may leave anything under that name, a pipe included.
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None, None, None
+    except OSError as error:
+        return None, f"{path} cannot be read: {os.strerror(error.errno or 0)}", None
+    with os.fdopen(fd, "rb") as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            return None, f"{path} is not a regular file", None
+        try:
+            text = file.read().decode()
+            # The hooks cost little and let other threads have their turn within a large file.
+            value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        except OSError as error:
+            return None, f"{path} cannot be read: {os.strerror(error.errno or 0)}", None
+        except (ValueError, RecursionError) as error:
+            return None, f"{path} is not valid JSON: {error}", None
+    return value, None, text
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return result
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON value")

@@ -1,0 +1,152 @@
+"""Records of what started and what ended, written by whoever does the work.
+
+One file per worker, only ever appended to, by one `write` per record: what was written stands, whatever
+dies afterwards. A record is framed and checksummed, so that a reader can tell a record that is still
+being written (a bad tail: not yet) from a damaged file (a bad record with a good one behind it).
+
+    FR1 <length, 8 hex digits> <CRC-32 of the payload, 8 hex digits>\\n<payload>\\n
+
+The payload is JSON text here; the frame does not care.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+from fractal_runner.worker.processes import identify
+
+_MAGIC = b"FR1 "
+_HEADER = len(_MAGIC) + 8 + 1 + 8 + 1
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+_local = threading.local()
+
+
+class CorruptEvidenceError(ValueError):
+    """A record is damaged and sound ones follow it: the file was changed after it was written."""
+
+
+class Ledger:
+    """A worker's file in a directory, open for appending.
+
+    Args:
+        path: the file; made if need be.
+    """
+
+    __slots__ = ("_fd", "path")
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Write one record.
+
+        Raises:
+            OSError: if it could not be written whole; what was written of it is taken back.
+        """
+        frame_bytes = frame(_encode(record).encode())
+        written = os.write(self._fd, frame_bytes)
+        if written < len(frame_bytes):
+            os.ftruncate(self._fd, os.fstat(self._fd).st_size - written)
+            raise OSError(28, os.strerror(28), self.path)  # ENOSPC is what a short write means
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __del__(self) -> None:
+        self.close()  # with the thread that it belongs to
+
+
+def own_ledger(directory: str) -> Ledger:
+    """The ledger of this worker (this thread of this process) in `directory`.
+
+    It stays open until the worker serves another directory or ends: a worker holds one file at most.
+    """
+    ledger: Ledger | None = getattr(_local, "ledger", None)
+    if ledger is not None and _local.directory == directory and _local.pid == os.getpid():
+        return ledger
+    if ledger is not None:
+        ledger.close()
+    _local.ledger = ledger = Ledger(f"{directory}/{_file_name()}")
+    _local.directory = directory
+    return ledger
+
+
+def frame(payload: bytes) -> bytes:
+    """`payload` as one record."""
+    return b"%s%08x %08x\n%s\n" % (_MAGIC, len(payload), zlib.crc32(payload), payload)
+
+
+def payloads(data: bytes) -> Iterator[bytes]:
+    """The payloads of the whole records in `data`; an unfinished one at the end is left out.
+
+    Raises:
+        CorruptEvidenceError: at a bad record that a good one follows, naming the offset.
+    """
+    offset = 0
+    while offset < len(data):
+        payload = _payload_at(data, offset)
+        if payload is None:
+            _expect_nothing_behind(data, offset)
+            return
+        yield payload
+        offset += _HEADER + len(payload) + 1
+
+
+def read_ledger(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """The records of one worker's file, in the order in which they were written.
+
+    Raises:
+        CorruptEvidenceError: naming the file and the offset.
+    """
+    with open(path, "rb") as file:
+        data = file.read()
+    try:
+        for payload in payloads(data):
+            yield json.loads(payload)
+    except CorruptEvidenceError as error:
+        raise CorruptEvidenceError(f"{os.fspath(path)}: {error}") from None
+
+
+def _payload_at(data: bytes, offset: int) -> bytes | None:
+    header = data[offset : offset + _HEADER]
+    if len(header) < _HEADER or not header.startswith(_MAGIC):
+        return None
+    try:
+        length, checksum = int(header[4:12], 16), int(header[13:21], 16)
+    except ValueError:
+        return None
+    start = offset + _HEADER
+    payload = data[start : start + length]
+    whole = len(payload) == length and data[start + length : start + length + 1] == b"\n"
+    return payload if whole and zlib.crc32(payload) == checksum else None
+
+
+def _expect_nothing_behind(data: bytes, bad: int) -> None:
+    offset = data.find(_MAGIC, bad + 1)
+    while offset >= 0:
+        if _payload_at(data, offset) is not None:
+            raise CorruptEvidenceError(
+                f"the record at byte {bad} is damaged, but the one at byte {offset} is sound"
+            )
+        offset = data.find(_MAGIC, offset + 1)
+
+
+def _file_name() -> str:
+    """A name that no other worker has or had: host, boot, pid, start of the process, thread."""
+    pid = os.getpid()
+    if getattr(_local, "pid", None) != pid:
+        who = identify(pid)
+        _local.pid = pid
+        _local.name = (
+            f"{who.host}-{who.boot_id[:8]}-{pid}-{who.start_ticks or 0}-{threading.get_native_id()}.log"
+        )
+    name: str = _local.name
+    return name

@@ -1,0 +1,294 @@
+"""Processes as the operating system knows them: who they are, what they use, how they are ended.
+
+Apart from `command`, which knows about units: here are only pids, groups and /proc. On systems without
+/proc (macOS) what cannot be known is None or empty, and groups are still signalled as groups.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import resource
+import select
+import signal
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+_PROC = "/proc"
+_PAUSE_S = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Which process this is, so that no other is ever taken for it: pids alone come round again.
+
+    Attributes:
+        host: the node's name.
+        boot_id: the kernel's id of this boot; "" where there is none.
+        pid: the process id.
+        start_ticks: when it started, in clock ticks since boot; None where it cannot be known.
+    """
+
+    host: str
+    boot_id: str
+    pid: int
+    start_ticks: int | None
+
+
+def identify(pid: int) -> Identity:
+    """The identity of the live process `pid` of this host."""
+    return Identity(host_name(), boot_id(), pid, start_ticks(pid))
+
+
+@functools.cache
+def host_name() -> str:
+    return os.uname().nodename
+
+
+@functools.cache
+def boot_id() -> str:
+    return _read(f"{_PROC}/sys/kernel/random/boot_id").decode().strip()
+
+
+def start_ticks(pid: int) -> int | None:
+    """Field 22 of /proc/PID/stat (proc(5)), None if there is no such process or no /proc."""
+    fields = _stat_fields(pid)
+    return int(fields[19]) if fields else None
+
+
+def signal_name(number: int) -> str:
+    """ "SIGKILL" for 9; "SIG40" for a real-time signal without a name."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"SIG{number}"
+
+
+def own_peak_rss() -> int:
+    """An upper bound of this process's peak memory, in bytes."""
+    return _maxrss_bytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+def peak_rss_of(ru_maxrss: int, parent_peak: int) -> int:
+    """The peak memory that wait4 reports of a child, in bytes, or 0 where it tells nothing.
+
+    A child starts as its parent's image, and the kernel keeps the larger figure across exec: only what
+    exceeds the parent's own peak was reached by the child itself.
+    """
+    peak = _maxrss_bytes(ru_maxrss)
+    return peak if peak > parent_peak else 0
+
+
+def sample_memory(pid: int) -> int:
+    """Memory of `pid` and its descendants now, in bytes: the larger of their sum and the root's peak.
+
+    Zero if it has ended or there is no /proc. Pages that the processes share count once for each.
+    """
+    total = peak = 0
+    for member in (pid, *descendants(pid)):
+        resident, high = _memory_of(member)
+        total += resident
+        if member == pid:
+            peak = high
+    return max(total, peak)
+
+
+def descendants(pid: int) -> list[int]:
+    """The children of `pid`, their children, and so on, as far as parents still live."""
+    found: list[int] = []
+    ahead = [pid]
+    while ahead:
+        parent = ahead.pop()
+        with contextlib.suppress(OSError):
+            for thread in os.listdir(f"{_PROC}/{parent}/task"):
+                children = _read(f"{_PROC}/{parent}/task/{thread}/children")
+                for child in map(int, children.split()):
+                    found.append(child)
+                    ahead.append(child)
+    return found
+
+
+def group_members(group: int) -> list[int]:
+    """Live processes of the process group `group`; zombies have ended and do not count."""
+    if not os.path.isdir(f"{_PROC}/self"):
+        return [group] if _signal_group(group, 0) else []
+    return [
+        pid
+        for pid in _all_pids()
+        if (fields := _stat_fields(pid)) and int(fields[2]) == group and fields[0] not in (b"Z", b"X")
+    ]
+
+
+def bearers(mark: bytes) -> list[int]:
+    """Processes of this host that were started with `mark` ("NAME=value") in their environment.
+
+    It finds what left its process group and its parent, as daemons do.
+    """
+    own = os.getpid()
+    return [pid for pid in _all_pids() if pid != own and mark in _read(f"{_PROC}/{pid}/environ").split(b"\0")]
+
+
+def group_is_empty(group: int) -> bool:
+    """Whether nothing of the process group is left (its leader must have been reaped)."""
+    return not _signal_group(group, 0) or not group_members(group)
+
+
+def end_group(leader: Child, mark: bytes, grace_s: float) -> None:
+    """End a process group and what has left it: TERM, a grace time, KILL.
+
+    Args:
+        leader: our child that leads the group; it is reaped, so that the group can be seen to be empty.
+        mark: the entry of the environment that its processes bear, wherever they went.
+        grace_s: seconds between TERM and KILL; 0 kills at once.
+    """
+    group = leader.pid
+    if grace_s > 0:
+        strays = bearers(mark)
+        _signal_group(group, signal.SIGTERM)
+        _signal_each(strays, signal.SIGTERM)
+        deadline = time.monotonic() + grace_s
+        while time.monotonic() < deadline:
+            if leader.wait(0) and group_is_empty(group) and not any(map(_alive, strays)):
+                break
+            time.sleep(_PAUSE_S)
+    # Children that were forked meanwhile are looked for until a round finds none.
+    for _ in range(100):
+        strays = bearers(mark)
+        empty = leader.wait(0) and group_is_empty(group)
+        if empty and not strays:
+            return
+        if not empty:
+            _signal_group(group, signal.SIGKILL)
+        _signal_each(strays, signal.SIGKILL)
+        time.sleep(_PAUSE_S)
+
+
+def end_descendants(pid: int, grace_s: float) -> None:
+    """End what `pid` has started, not itself: TERM, a grace time, KILL."""
+    children = descendants(pid)
+    _signal_each(children, signal.SIGTERM)
+    deadline = time.monotonic() + grace_s
+    while any(map(_alive, children)) and time.monotonic() < deadline:
+        time.sleep(_PAUSE_S)
+    _signal_each({*children, *descendants(pid)}, signal.SIGKILL)
+
+
+class Child:
+    """A child process of ours, waited for in short turns: a blocking wait could not look up to stop it.
+
+    A pidfd where the kernel has them (Linux 5.3), else short sleeps; never a pipe, whose end comes late
+    when a sibling holds the other one.
+
+    Attributes:
+        pid: its process id, and its group's where it leads one.
+        returncode: as subprocess reports it, once it has ended.
+        usage: what wait4 reports of it and the children it waited for, once it has ended.
+    """
+
+    __slots__ = ("_fd", "_poll", "pid", "returncode", "usage")
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+        self.usage: resource.struct_rusage | None = None
+        self._fd = -1
+        if hasattr(os, "pidfd_open"):
+            with contextlib.suppress(OSError):
+                self._fd = os.pidfd_open(pid)
+                self._poll = select.poll()
+                self._poll.register(self._fd, select.POLLIN)
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it has ended, waiting for up to `seconds`; then it has been reaped."""
+        if self.returncode is not None:
+            return True
+        if self._fd >= 0:
+            return bool(self._poll.poll(max(0.0, seconds) * 1000)) and self._reap()
+        deadline = time.monotonic() + seconds
+        pause = 0.001
+        while not self._reap():
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(pause)
+            pause = min(2 * pause, 0.05)
+        return True
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _reap(self) -> bool:
+        pid, status, usage = os.wait4(self.pid, os.WNOHANG)
+        if pid == 0:
+            return False
+        self.returncode = os.waitstatus_to_exitcode(status)
+        self.usage = usage
+        return True
+
+
+def _maxrss_bytes(ru_maxrss: int) -> int:
+    return ru_maxrss if sys.platform == "darwin" else ru_maxrss * 1024  # getrusage(2)
+
+
+def _memory_of(pid: int) -> tuple[int, int]:
+    resident = high = 0
+    for line in _read(f"{_PROC}/{pid}/status").splitlines():
+        if line.startswith(b"VmHWM:"):
+            high = int(line.split()[1]) * 1024
+        elif line.startswith(b"VmRSS:"):
+            resident = int(line.split()[1]) * 1024
+            break  # it stands below VmHWM
+    return resident, high
+
+
+def _alive(pid: int) -> bool:
+    fields = _stat_fields(pid)
+    return bool(fields) and fields[0] not in (b"Z", b"X")
+
+
+def _stat_fields(pid: int) -> list[bytes]:
+    """/proc/PID/stat from field 3 (state) on: the name before it may contain anything."""
+    text = _read(f"{_PROC}/{pid}/stat")
+    return text[text.rfind(b")") + 2 :].split()
+
+
+def _all_pids() -> list[int]:
+    try:
+        return [int(name) for name in os.listdir(_PROC) if name.isdigit()]
+    except OSError:
+        return []
+
+
+def _signal_group(group: int, number: int) -> bool:
+    try:
+        os.killpg(group, number)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
+
+
+def _signal_each(pids: Iterable[int], number: int) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, number)
+
+
+def _read(path: str) -> bytes:
+    """The file's content, empty if it is gone: a process may end while it is looked at."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return b""
+    try:
+        parts = []
+        while part := os.read(fd, 65536):
+            parts.append(part)
+        return b"".join(parts)
+    except OSError:
+        return b""
+    finally:
+        os.close(fd)

@@ -1,0 +1,110 @@
+"""What travels between a coordinator and its workers: a unit to run, and what happened to it.
+
+Frozen dataclasses of plain values, so that they pickle small and load anywhere. Paths are as the worker
+sees them, which over a cluster may differ from the coordinator's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fractal_runner.worker.function import FunctionRef
+
+# Why a unit ended otherwise than by itself.
+TIMEOUT = "TIMEOUT"  # its own `timeout` had passed
+CANCELLED = "CANCELLED"  # the run was told to stop
+LAUNCH_FAILED = "LAUNCH_FAILED"  # nothing could be started: no process, no file, no space
+UNKILLABLE = "UNKILLABLE"  # it outlived SIGKILL: a hanging file system, mostly
+
+
+@dataclass(frozen=True, slots=True)
+class UnitSpec:
+    """One unit to run.
+
+    Attributes:
+        key: the durable name of this execution: run, task, unit, attempt.
+        command: the words of its command; None for a Python function.
+        function: its Python function; None for a command.
+        args: what its args file holds, or its keyword arguments; JSON values.
+        run_id: the run it belongs to.
+        run_dir: the run's directory; a file `shutdown` in it asks the unit to stop.
+        folder: the directory of the unit's files.
+        prefix: what their names begin with.
+        env: variables to add to the environment.
+        timeout_s: seconds it may take; None for no limit.
+        grace_s: seconds between TERM and KILL when it is ended.
+        coordinator: host and pid of the process that made this spec.
+    """
+
+    key: str
+    command: tuple[str, ...] | None
+    function: FunctionRef | None
+    args: Mapping[str, Any]
+    run_id: str
+    run_dir: str
+    folder: str
+    prefix: str
+    env: tuple[tuple[str, str], ...] = ()
+    timeout_s: float | None = None
+    grace_s: float = 5.0
+    coordinator: tuple[str, int] = ("", 0)
+
+    @property
+    def args_file(self) -> str:
+        return f"{self.folder}/{self.prefix}-args.json"
+
+    @property
+    def out_file(self) -> str:
+        return f"{self.folder}/{self.prefix}-metadiff.json"
+
+    @property
+    def log_file(self) -> str:
+        return f"{self.folder}/{self.prefix}-log.txt"
+
+
+@dataclass(frozen=True, slots=True)
+class UnitResult:
+    """What happened to one unit.
+
+    Attributes:
+        key: the key of its spec.
+        returncode: as subprocess reports it: negative for a signal; None if nothing was started or its
+            end was not seen.
+        signal: the signal's name for a negative returncode.
+        reason: why it ended otherwise than by itself: TIMEOUT, CANCELLED, LAUNCH_FAILED, UNKILLABLE.
+        message: in words, what the returncode does not say.
+        output: what it left, as read from JSON; None for nothing.
+        output_error: why what it left cannot be read as JSON.
+        log_tail: the end of its log, if it failed.
+        host: the node it ran on.
+        pid: its process id; the worker's for a function.
+        started: when it started, in seconds since the epoch.
+        ended: when it ended.
+        cpu_s: CPU seconds of it and the children it waited for.
+        peak_bytes: peak memory of its processes; None where it cannot be told.
+        left_running: a Python function in a thread that goes on although the unit has ended.
+    """
+
+    key: str
+    returncode: int | None = None
+    signal: str | None = None
+    reason: str | None = None
+    message: str | None = None
+    output: Any = None
+    output_error: str | None = None
+    log_tail: str = ""
+    host: str = ""
+    pid: int | None = None
+    started: float | None = None
+    ended: float | None = None
+    cpu_s: float | None = None
+    peak_bytes: int | None = None
+    left_running: bool = False
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether it ended by itself, with exit code 0, leaving readable output or none."""
+        return self.returncode == 0 and self.reason is None and self.output_error is None

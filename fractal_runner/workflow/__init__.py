@@ -1,0 +1,1 @@
+"""Fractal's workflow semantics. It knows an executor only as `concurrent.futures.Executor`."""

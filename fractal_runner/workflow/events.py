@@ -1,0 +1,88 @@
+"""What a run reports while it goes on: frozen events, delivered on the event loop, in order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class TaskStarted:
+    """A workflow task begins.
+
+    Attributes:
+        order: its place in the workflow.
+        task_name: its Task's name.
+        images: how many images its filters selected; None for converters, which get none.
+    """
+
+    order: int
+    task_name: str
+    images: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class TaskProgress:
+    """Where a stage of a task is; comes several times a second while units run.
+
+    Attributes:
+        order: the workflow task's place.
+        task_name: its Task's name.
+        stage: "non_par" or "par".
+        units: how many units the stage has.
+        done: units that succeeded.
+        failed: units that failed.
+        running: units that have started and not ended, as far as the executor tells.
+    """
+
+    order: int
+    task_name: str
+    stage: str
+    units: int
+    done: int
+    failed: int
+    running: int
+
+
+@dataclass(frozen=True, slots=True)
+class UnitFinished:
+    """A unit has ended.
+
+    Attributes:
+        order: the workflow task's place.
+        stage: "non_par" or "par".
+        index: the unit's index.
+        zarr_url: its image, if it has one.
+        succeeded: whether it ended well.
+        message: why it failed; "" if it did not.
+        seconds: how long it took; None if it never started.
+    """
+
+    order: int
+    stage: str
+    index: int
+    zarr_url: str | None
+    succeeded: bool
+    message: str
+    seconds: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class TaskFinished:
+    """A workflow task has ended, and its outputs are in the dataset.
+
+    Attributes:
+        order: its place in the workflow.
+        task_name: its Task's name.
+        succeeded: whether all of it did.
+        images: how many images the dataset now has.
+        seconds: how long it took.
+    """
+
+    order: int
+    task_name: str
+    succeeded: bool
+    images: int
+    seconds: float
+
+
+Event = TaskStarted | TaskProgress | UnitFinished | TaskFinished

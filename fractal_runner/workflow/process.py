@@ -1,0 +1,217 @@
+"""`process_workflow`: run a workflow's tasks, by index range, over a dataset, through an executor.
+
+The coroutine starts a thread and waits for it. That thread is the run's coordinator (`run.Run`): it alone
+owns the run's state, so the caller's event loop stays free whatever the executor does. Here is what lies
+between the two: arguments, events on the loop, cancellation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+from fractal_runner.errors import did_you_mean
+from fractal_runner.executors import registry
+from fractal_runner.workflow import plan
+from fractal_runner.workflow.dispatch import DEFAULT_WINDOW
+from fractal_runner.workflow.events import Event
+from fractal_runner.workflow.models import Dataset, Workflow
+from fractal_runner.workflow.run import END_MARGIN_S, Run, RunCancelledError
+
+USER_CACHE_VARIABLE = "FRACTAL_CACHE_DIR"
+
+_TURN_S = 0.005  # how long events may keep the loop in one of its turns
+
+
+async def process_workflow(
+    *,
+    workflow: Workflow,
+    dataset: Dataset,
+    workflow_dir_local: str | os.PathLike[str],
+    job_id: int | str | None = None,
+    workflow_dir_remote: str | os.PathLike[str] | None = None,
+    first_task_index: int | None = None,
+    last_task_index: int | None = None,
+    logger_name: str = "fractal_runner",
+    job_attribute_filters: Mapping[str, Sequence[Any]] | None = None,
+    job_type_filters: Mapping[str, bool] | None = None,
+    user_id: int | str | None = None,
+    executor: registry.ExecutorChoice = None,
+    on_event: Callable[[Event], object] | None = None,
+    user_cache_dir: str | os.PathLike[str] | None = None,
+    on_failure: Literal["continue", "stop"] = "continue",
+    max_in_flight: int | None = None,
+    grace_s: float = 5.0,
+    **unknown: Any,
+) -> Dataset:
+    """Run the tasks of a workflow, one after the other, over a dataset.
+
+    Args:
+        workflow: the workflow.
+        dataset: the dataset; it is not changed.
+        workflow_dir_local: the run's directory, as this process sees it; made if need be. It must not
+            hold another run.
+        job_id: the caller's name for this run, for logs.
+        workflow_dir_remote: the same directory as the workers see it, if they see it elsewhere.
+        first_task_index: position of the first task to run; None for 0.
+        last_task_index: position of the last one, included; None for the workflow's last.
+        logger_name: name of the logger that is told what happens.
+        job_attribute_filters: values that an attribute may have, by name: {"well": ["A01", "A02"]}.
+        job_type_filters: types that images must have for the first task: {"is_3D": True}.
+        user_id: who runs it, for logs.
+        executor: an executor, which stays the caller's to shut down; an executor class; a name, or a name
+            and options; None for "thread".
+        on_event: called with each event on the event loop, in order. What it raises is logged.
+        user_cache_dir: FRACTAL_CACHE_DIR in the tasks' environment.
+        on_failure: "continue" runs all units of a failing task, "stop" leaves out those not started.
+        max_in_flight: how many units may be submitted and not ended; None for 1,000.
+        grace_s: seconds that a unit has between TERM and KILL when it is ended.
+
+    Returns:
+        The dataset after the last task.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong, or contradicts another; nothing has run.
+        TaskExecutionError: a unit failed by itself. Its `dataset` has what succeeded merged into it.
+        JobExecutionError: something else ended a unit, or the run could not go on.
+        TaskOutputValidationError: a unit left output that is not valid.
+        asyncio.CancelledError: the call was cancelled; what ran has been ended.
+    """
+    if unknown:
+        name = next(iter(unknown))
+        known = [*(process_workflow.__kwdefaults__ or {}), "workflow", "dataset", "workflow_dir_local"]
+        raise TypeError(f"process_workflow() takes no argument {name!r}: {did_you_mean(name, known)}")
+    _check_arguments(workflow, dataset, on_failure, max_in_flight, grace_s)
+    loop = asyncio.get_running_loop()
+    logger = logging.getLogger(logger_name)
+    courier = _Courier(loop, on_event, logger)
+    run = Run(
+        workflow=workflow,
+        dataset=dataset,
+        local=Path(workflow_dir_local),
+        remote=None if workflow_dir_remote is None else os.fspath(workflow_dir_remote),
+        positions=plan.task_range(workflow, first_task_index, last_task_index),
+        filters=plan.check_filters(job_type_filters, job_attribute_filters),
+        executors=registry.Executors(executor),
+        logger=logger,
+        label=("run" if job_id is None else f"job {job_id}")
+        + ("" if user_id is None else f", user {user_id}"),
+        emit=None if on_event is None else courier.send,
+        env={} if user_cache_dir is None else {USER_CACHE_VARIABLE: os.fspath(user_cache_dir)},
+        stop_at_failure=on_failure == "stop",
+        window=max_in_flight or DEFAULT_WINDOW,
+        grace_s=grace_s,
+    )
+    ended: asyncio.Future[Dataset] = loop.create_future()
+    context = contextvars.copy_context()
+    thread = threading.Thread(target=context.run, args=(_coordinate, run, courier, ended), name=run.label)
+    thread.start()
+    try:
+        return await asyncio.shield(ended)
+    except asyncio.CancelledError:
+        run.cancel()
+        await _until(ended, grace_s + 2 * END_MARGIN_S)
+        raise
+
+
+class _Courier:
+    """Brings what the coordinator's thread has to say to the event loop, in order, a turn at a time."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        on_event: Callable[[Event], object] | None,
+        logger: logging.Logger,
+    ) -> None:
+        self._loop = loop
+        self._on_event = on_event
+        self._logger = logger
+        self._waiting: deque[Event | Callable[[], None]] = deque()
+
+    def send(self, item: Event | Callable[[], None]) -> None:
+        """An event, or something to call on the loop once all earlier events have been delivered."""
+        self._waiting.append(item)
+        if len(self._waiting) == 1:
+            # A closed loop has nobody left to tell; the run itself ends as it would have.
+            with suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        until = time.monotonic() + _TURN_S
+        while self._waiting:
+            # Taken out only when done with: `send` schedules a delivery when it finds none waiting.
+            item = self._waiting[0]
+            try:
+                if callable(item):
+                    item()
+                elif self._on_event is not None:
+                    self._on_event(item)
+            except Exception:
+                self._logger.exception("on_event raised an exception for %r; the run goes on", item)
+            finally:
+                self._waiting.popleft()
+            if time.monotonic() > until and self._waiting:
+                self._loop.call_soon(self._deliver)
+                return
+
+
+def _coordinate(run: Run, courier: _Courier, ended: asyncio.Future[Dataset]) -> None:
+    """The coordinator's thread: run, and tell the waiting coroutine how it ended."""
+    dataset: Dataset | None = None
+    problem: BaseException | None = None
+    try:
+        dataset = run.execute()
+    except BaseException as error:
+        problem = error
+
+    def finish() -> None:
+        if ended.done():
+            return
+        if dataset is not None:
+            ended.set_result(dataset)
+        elif problem is None or isinstance(problem, RunCancelledError):
+            ended.cancel()
+        else:
+            ended.set_exception(problem)
+
+    courier.send(finish)
+
+
+async def _until(ended: asyncio.Future[Dataset], seconds: float) -> None:
+    """Wait for the run to end, whoever else wants this task to stop meanwhile; it ends what runs."""
+    deadline = time.monotonic() + seconds
+    while not ended.done() and (left := deadline - time.monotonic()) > 0:
+        with suppress(asyncio.CancelledError):
+            await asyncio.wait({ended}, timeout=left)
+    if ended.done() and not ended.cancelled():
+        ended.exception()  # it has been looked at: the caller asked for no result any more
+
+
+def _check_arguments(
+    workflow: object, dataset: object, on_failure: object, max_in_flight: object, grace_s: object
+) -> None:
+    if not isinstance(workflow, Workflow):
+        raise TypeError(
+            f"workflow is {type(workflow).__name__}, not Workflow: read a file with load_workflow, "
+            "or make one with Workflow.model_validate"
+        )
+    if not isinstance(dataset, Dataset):
+        raise TypeError(
+            f"dataset is {type(dataset).__name__}, not Dataset: read a file with load_dataset, "
+            "or make one with Dataset.model_validate"
+        )
+    if on_failure not in ("continue", "stop"):
+        raise ValueError(f"on_failure={on_failure!r} is neither 'continue' nor 'stop'")
+    if max_in_flight is not None and (not isinstance(max_in_flight, int) or max_in_flight < 1):
+        raise ValueError(f"max_in_flight={max_in_flight!r} is not a whole number of at least 1")
+    if isinstance(grace_s, bool) or not isinstance(grace_s, (int, float)) or not 0 <= grace_s < float("inf"):
+        raise ValueError(f"grace_s={grace_s!r} is not a number of seconds")

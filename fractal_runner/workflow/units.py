@@ -1,0 +1,175 @@
+"""From a task and its images to units of work, and to the specs that workers are given.
+
+A task has one or two stages: the non-parallel command runs once, the parallel one once per image or per
+element of a list. A stage makes its units one after the other as they are asked for: a task over a
+million images never holds a million of them.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fractal_runner.worker.function import FunctionRef
+from fractal_runner.worker.spec import UnitSpec
+from fractal_runner.workflow.meta import Resources, read_meta
+from fractal_runner.workflow.models import Image, WorkflowTask
+from fractal_runner.workflow.outputs import ComputeItem
+
+BATCH_SIZE = 1000  # units of one subfolder: directories of a million files are slow everywhere
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One unit of a stage.
+
+    Attributes:
+        index: its place among the stage's units.
+        zarr_url: its image's, or its element's; None for a unit of all images.
+        args: what it is called with.
+    """
+
+    index: int
+    zarr_url: str | None
+    args: Mapping[str, Any]
+
+
+class Stage:
+    """One command (or function) of a workflow task, and how its units are made.
+
+    Args:
+        task: the workflow task.
+        parallel: whether it is the parallel command or the non-parallel one.
+
+    Raises:
+        ValueError: if the task's meta is wrong, naming task, key and value.
+    """
+
+    def __init__(self, task: WorkflowTask, *, parallel: bool) -> None:
+        self.task = task
+        self.parallel = parallel
+        self.name = "par" if parallel else "non_par"
+        half = "parallel" if parallel else "non_parallel"
+        self.args: Mapping[str, Any] = getattr(task, f"args_{half}")
+        command: str | None = getattr(task.task, f"command_{half}")
+        self.command = None if command is None else tuple(shlex.split(command))
+        function = getattr(task.task, f"function_{half}")
+        self.function = None if function is None else FunctionRef(function)
+        try:
+            metas = getattr(task.task, f"meta_{half}"), getattr(task, f"meta_{half}")
+            self.resources: Resources = read_meta(*metas)
+        except ValueError as error:
+            raise ValueError(f"{title(task)}: meta_{half}.{error}") from None
+
+    def all_images_unit(self, zarr_dir: str, images: Sequence[Image]) -> Unit:
+        """The one unit of a non-parallel command; a converter's is given no images."""
+        args: dict[str, Any] = {"zarr_dir": zarr_dir}
+        if not self.task.task.is_converter:
+            args["zarr_urls"] = [image.zarr_url for image in images]
+        return Unit(0, None, {**args, **self.args})
+
+    def image_units(self, images: Iterable[Image]) -> Iterator[Unit]:
+        """One unit per image."""
+        for index, image in enumerate(images):
+            yield Unit(index, image.zarr_url, {"zarr_url": image.zarr_url, **self.args})
+
+    def compute_units(self, items: Iterable[ComputeItem]) -> Iterator[Unit]:
+        """One unit per element of the parallelization list."""
+        for index, item in enumerate(items):
+            args = {"zarr_url": item.zarr_url, "init_args": item.init_args, **self.args}
+            yield Unit(index, item.zarr_url, args)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the files of a stage's units are, for the coordinator and for the workers.
+
+    Attributes:
+        stage: the stage.
+        count: how many units it has.
+        run_id: the run.
+        local: the run's directory as the coordinator sees it.
+        remote: as the workers see it.
+        env: variables for every unit's environment.
+        coordinator: host and pid of this process.
+        grace_s: seconds between TERM and KILL.
+    """
+
+    stage: Stage
+    count: int
+    run_id: str
+    local: Path
+    remote: str
+    env: tuple[tuple[str, str], ...]
+    coordinator: tuple[str, int]
+    grace_s: float
+
+    def folders(self) -> Iterator[Path]:
+        """The directories that must be there, parents first."""
+        top = self.local / folder_name(self.stage.task)
+        yield top
+        if self.stage.parallel and self.count > BATCH_SIZE:
+            for batch in range(-(-self.count // BATCH_SIZE)):
+                yield top / f"{batch:06d}"
+
+    def spec(self, unit: Unit, attempt: int = 1) -> UnitSpec:
+        stage = self.stage
+        prefix = self._prefix(unit, attempt)
+        return UnitSpec(
+            key=f"{self.run_id}/{stage.task.order}/{prefix}",
+            command=stage.command,
+            function=stage.function,
+            args=unit.args,
+            run_id=self.run_id,
+            run_dir=self.remote,
+            folder=f"{self.remote}/{self._folder(unit)}",
+            prefix=prefix,
+            env=self.env,
+            timeout_s=stage.resources.timeout_s,
+            grace_s=self.grace_s,
+            coordinator=self.coordinator,
+        )
+
+    def log_file(self, unit: Unit, attempt: int = 1) -> str:
+        """The path of the unit's log as the caller sees it."""
+        return str(self.local / self._folder(unit) / f"{self._prefix(unit, attempt)}-log.txt")
+
+    def args_file(self, unit: Unit, attempt: int = 1) -> str:
+        """The path of the unit's arguments as the caller sees it."""
+        return str(self.local / self._folder(unit) / f"{self._prefix(unit, attempt)}-args.json")
+
+    def _folder(self, unit: Unit) -> str:
+        name = folder_name(self.stage.task)
+        if self.stage.parallel and self.count > BATCH_SIZE:
+            return f"{name}/{unit.index // BATCH_SIZE:06d}"
+        return name
+
+    def _prefix(self, unit: Unit, attempt: int) -> str:
+        again = f"-try{attempt}" if attempt > 1 else ""
+        if not self.stage.parallel:
+            return f"{self.stage.name}{again}"
+        return f"{self.stage.name}-{unit.index // BATCH_SIZE:06d}-{unit.index:07d}{again}"
+
+
+def stages_of(task: WorkflowTask) -> list[Stage]:
+    """The stages of a task, in the order in which they run."""
+    kind = task.task.type
+    if kind == "parallel":
+        return [Stage(task, parallel=True)]
+    first = Stage(task, parallel=False)
+    return [first, Stage(task, parallel=True)] if task.task.is_compound else [first]
+
+
+def folder_name(task: WorkflowTask) -> str:
+    """The folder of a task's files: no name of a task can lead out of the run's directory."""
+    slug = re.sub(r"[^a-z0-9]", "_", task.task.name.lower())
+    return f"{task.order}_{slug[:120]}"  # file names end at 255 bytes
+
+
+def title(task: WorkflowTask) -> str:
+    """How a message calls a task."""
+    return f"Task {task.order} ({task.task.name!r})"
