@@ -158,7 +158,7 @@ class Executors:
             executor.shutdown(wait=wait, cancel_futures=True)
 
 
-def _workers(given: int | None) -> int:
+def _workers(given: object) -> int:
     if given is None:
         return usable_cpus()
     if isinstance(given, bool) or not isinstance(given, int) or given < 1:

@@ -29,16 +29,20 @@ _LOADED_LIMIT = 64
 
 
 class FunctionRef:
-    """A Python function on its way to workers: itself within a process, cloudpickled to another.
+    """A Python function on its way to workers: itself within a process, pickled once to others.
 
     Args:
         target: the function, or its place as "package.module:name", looked up where it runs.
+        dumps: how to pickle it; the sender's choice, as a worker has the standard library only.
     """
 
-    __slots__ = ("_pickled", "target")
+    __slots__ = ("_dumps", "_pickled", "target")
 
-    def __init__(self, target: Callable[..., Any] | str) -> None:
+    def __init__(
+        self, target: Callable[..., Any] | str, dumps: Callable[[Any], bytes] = pickle.dumps
+    ) -> None:
         self.target = target
+        self._dumps = dumps
         self._pickled: bytes | None = None
 
     def resolve(self) -> Callable[..., Any]:
@@ -61,9 +65,7 @@ class FunctionRef:
         if isinstance(self.target, str):
             return FunctionRef, (self.target,)
         if self._pickled is None:
-            import cloudpickle  # where functions are sent from; a worker does without
-
-            self._pickled = cloudpickle.dumps(self.target)
+            self._pickled = self._dumps(self.target)
         return _load, (self._pickled,)
 
 
@@ -249,7 +251,7 @@ def _load(pickled: bytes) -> FunctionRef:
         if len(_loaded) >= _LOADED_LIMIT:
             _loaded.clear()
         _loaded[pickled] = function
-    return FunctionRef(function)
+    return FunctionRef(function, dumps=lambda _: pickled)
 
 
 def _own_copy(args: Any) -> Any:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
+
 from fractal_runner.worker.function import FunctionRef
 from fractal_runner.worker.spec import UnitSpec
 from fractal_runner.workflow.meta import Resources, read_meta
@@ -58,7 +60,7 @@ class Stage:
         command: str | None = getattr(task.task, f"command_{half}")
         self.command = None if command is None else tuple(shlex.split(command))
         function = getattr(task.task, f"function_{half}")
-        self.function = None if function is None else FunctionRef(function)
+        self.function = None if function is None else FunctionRef(function, cloudpickle.dumps)
         try:
             metas = getattr(task.task, f"meta_{half}"), getattr(task, f"meta_{half}")
             self.resources: Resources = read_meta(*metas)

@@ -1,0 +1,60 @@
+# make demo   run a real workflow on real images      make test   set up and run all checks and tests
+# make docs   build the documentation into site/      make bench  run the benchmarks
+# make clean  remove what these have made
+
+.DELETE_ON_ERROR:
+.PHONY: bench clean demo docs lint test
+
+# The first Python that is new enough; or say which: make demo PYTHON=/opt/python3.12/bin/python3
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v $$python && break; done)
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+WORKERS ?= 2
+
+DEMO := examples/ihc_plate
+OUT := $(CURDIR)/$(DEMO)/out
+
+demo: .venv/.package .venv-tasks/.ready
+	@mkdir -p $(OUT)
+	.venv-tasks/bin/python $(DEMO)/make_plate.py $(OUT)
+	.venv/bin/fractal-runner run $(DEMO)/workflow.json --dataset $(DEMO)/dataset.json \
+		--zarr-dir $(OUT) --task-env .venv-tasks/bin/python --max-workers $(WORKERS) \
+		--workflow-dir $(OUT)/runs/$$(date +%Y%m%d-%H%M%S-%N) --output $(OUT)/dataset.json
+	.venv-tasks/bin/python $(DEMO)/show_nuclei.py $(OUT)/dataset.json $(OUT)/plate.png
+
+test: .venv/.dev .venv-tasks/.ready lint
+	.venv/bin/python -m pytest -n 2 --dist worksteal
+
+lint: .venv/.dev
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports --no-cache
+
+docs: .venv/.dev
+	.venv/bin/mkdocs build --strict
+
+bench: .venv/.dev
+	.venv/bin/python -m benchmarks
+
+clean:
+	rm -rf .venv .venv-tasks site $(DEMO)/out benchmarks/results
+
+.venv/bin/python:
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer was found: install one, or say PYTHON=…" >&2; exit 1; }
+	.ci/make-venv "$(PYTHON)" .venv
+
+.venv/.package: pyproject.toml | .venv/bin/python
+	.venv/bin/python $(PIP_INSTALL) --editable .
+	@touch $@
+
+.venv/.dev: pyproject.toml | .venv/bin/python
+	.venv/bin/python $(PIP_INSTALL) --editable '.[dev]'
+	@touch $@ .venv/.package
+
+# The tasks' own environment: fractal-tasks-core pins its own versions of what we use as well.
+.venv-tasks/.ready: $(DEMO)/requirements.txt
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer was found: install one, or say PYTHON=…" >&2; exit 1; }
+	.ci/make-venv "$(PYTHON)" .venv-tasks
+	.venv-tasks/bin/python $(PIP_INSTALL) -r $(DEMO)/requirements.txt
+	@touch $@

@@ -1,0 +1,146 @@
+"""`fractal-runner check`: what would run, without running it, and every mistake that can be found."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from fractal_runner.errors import InputFileError
+from fractal_runner.executors import registry
+from fractal_runner.workflow import plan
+from fractal_runner.workflow.images import ImageList
+from fractal_runner.workflow.models import Dataset, Image, Workflow, WorkflowTask
+from fractal_runner.workflow.units import Stage, stages_of, title
+
+_T = TypeVar("_T")
+
+
+@dataclass
+class Findings:
+    """What a check has found.
+
+    Attributes:
+        lines: what would run, to be printed.
+        mistakes: what would keep it from running, a sentence each.
+        warnings: what is passed over.
+    """
+
+    lines: list[str] = field(default_factory=list)
+    mistakes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def attempt(self, question: Callable[..., _T], *args: Any) -> _T | None:
+        """The answer, or None if it is a mistake, which is noted."""
+        try:
+            return question(*args)
+        except InputFileError as error:
+            self.mistakes += [f"{error.file}: {problem}" for problem in error.problems]
+        except ValueError as error:
+            self.mistakes.append(str(error))
+        return None
+
+
+def check_run(
+    workflow: Callable[[], Workflow],
+    dataset: Callable[[], Dataset],
+    *,
+    first: int | None,
+    last: int | None,
+    type_filters: Mapping[str, bool],
+    attribute_filters: Mapping[str, Sequence[Any]],
+    executor: str,
+    options: Mapping[str, Any],
+) -> Findings:
+    """Ask all that `process_workflow` would, of files that may be wrong themselves."""
+    findings = Findings()
+    flow = findings.attempt(workflow)
+    data = findings.attempt(dataset)
+    findings.attempt(registry.check, executor, options)
+    filters = findings.attempt(plan.check_filters, type_filters, attribute_filters)
+    if flow is None:
+        return findings
+    positions = findings.attempt(plan.task_range, flow, first, last)
+    if positions is None:
+        return findings
+    types, attributes = filters if filters is not None else ({}, {})
+    images = None if data is None else ImageList(data.images)
+    previous: WorkflowTask | None = None
+    for position in positions:
+        task = flow.task_list[position]
+        in_force = findings.attempt(plan.filters_for, task, types)
+        stages = findings.attempt(stages_of, task)
+        selected = None
+        if images is not None and in_force is not None and (previous is None or task.task.is_converter):
+            selected = plan.select(task, images, in_force, attributes)
+            if not selected and not task.task.is_converter:
+                findings.mistakes.append(f"{title(task)}: {plan.no_images(task, in_force, attributes)}")
+        _check_stages(stages or [], findings)
+        images_known = _known(selected, previous)
+        findings.lines += _describe(task, stages or [], in_force or types, attributes, images_known)
+        types = plan.filters_after(task, in_force if in_force is not None else types)
+        previous = task
+    return findings
+
+
+def _check_stages(stages: list[Stage], findings: Findings) -> None:
+    for stage in stages:
+        if (name := stage.resources.executor) is not None:
+            findings.attempt(registry.check, name)
+        if (problem := plan.missing_program(stage)) is not None:
+            findings.mistakes.append(problem)
+        if stage.resources.unknown:
+            keys = ", ".join(stage.resources.unknown)
+            findings.warnings.append(f"{title(stage.task)}: meta keys unknown here are passed over: {keys}")
+
+
+def _describe(
+    task: WorkflowTask,
+    stages: list[Stage],
+    types: Mapping[str, bool],
+    attributes: Mapping[str, Sequence[Any]],
+    images_known: str,
+) -> Iterator[str]:
+    yield f"{task.order} {task.task.name}"
+    yield _row("type", task.task.type)
+    for stage in stages:
+        yield _row("command" if stage.parallel else "command (once)", _work(stage))
+    if task.task.is_converter:
+        yield _row("images", "none: a converter makes them")
+    else:
+        wanted = [f"{name}={str(value).lower()}" for name, value in types.items()]
+        wanted += [f"{name} in {list(values)}" for name, values in attributes.items()]
+        yield _row("filters", ", ".join(wanted) or "none")
+        yield _row("images", images_known)
+    yield _row("units", _units(task, images_known))
+    for stage in stages:
+        yield _row("resources" if stage.parallel else "resources (once)", str(stage.resources))
+    yield ""
+
+
+def _row(name: str, value: str) -> str:
+    return f"    {name:<17} {value}"
+
+
+def _work(stage: Stage) -> str:
+    if stage.command is not None:
+        return shlex.join(stage.command)
+    target = stage.function.target if stage.function is not None else "?"
+    return f"Python function {target if isinstance(target, str) else getattr(target, '__qualname__', target)}"
+
+
+def _known(selected: list[Image] | None, previous: WorkflowTask | None) -> str:
+    if selected is not None:
+        return str(len(selected))
+    if previous is None:
+        return "not known: the dataset cannot be read"
+    return f"not known yet: depends on what task {previous.order} ({previous.task.name}) does"
+
+
+def _units(task: WorkflowTask, images_known: str) -> str:
+    if task.task.is_compound:
+        return "1, and then one per element that it lists"
+    if task.task.type == "parallel":
+        return f"one per image: {images_known}"
+    return "1"

@@ -1,0 +1,110 @@
+"""What people type after options: filters and executor options, read and written back."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import typer
+
+_PLAIN = re.compile(r"[A-Za-z_][\w.+-]*")
+
+
+def read_type_filters(given: Iterable[str]) -> dict[str, bool]:
+    """`is_3D=true` as {"is_3D": True}.
+
+    Raises:
+        typer.BadParameter: saying what would be right.
+    """
+    filters: dict[str, bool] = {}
+    for item in given:
+        name, value = _split(item, "--type-filter", "is_3D=true")
+        if value.lower() not in ("true", "false"):
+            raise typer.BadParameter(f"{item!r}: a type is true or false, not {value!r}")
+        filters[name] = value.lower() == "true"
+    return filters
+
+
+def read_attribute_filters(given: Iterable[str]) -> dict[str, list[Any]]:
+    """`well=A01,A02` as {"well": ["A01", "A02"]}; values are JSON scalars where they can be, else text.
+
+    A JSON array after the `=` says exactly what is meant: `well=["1", "a,b"]`.
+
+    Raises:
+        typer.BadParameter: saying what would be right.
+    """
+    filters: dict[str, list[Any]] = {}
+    for item in given:
+        name, text = _split(item, "--attribute-filter", "well=A01,A02")
+        values = _array(text) if text.startswith("[") else [_scalar(value) for value in text.split(",")]
+        if values is None:
+            raise typer.BadParameter(
+                f'{item!r}: after the "=" is no JSON array of text, numbers, true or false'
+            )
+        filters.setdefault(name, []).extend(values)
+    return filters
+
+
+def read_executor_options(given: Iterable[str], max_workers: int | None) -> dict[str, Any]:
+    """`key=value` items as constructor arguments; values are JSON where they can be, else text.
+
+    Raises:
+        typer.BadParameter: saying what would be right.
+    """
+    options: dict[str, Any] = {}
+    for item in given:
+        name, text = _split(item, "--executor-opt", "max_workers=4")
+        try:
+            options[name] = json.loads(text)
+        except ValueError:
+            options[name] = text
+    if max_workers is not None:
+        options["max_workers"] = max_workers
+    return options
+
+
+def filter_arguments(types: Mapping[str, bool], attributes: Mapping[str, Sequence[Any]]) -> list[str]:
+    """The words that give these filters on a command line."""
+    words = []
+    for name, wanted in types.items():
+        words += ["--type-filter", f"{name}={str(wanted).lower()}"]
+    for name, values in attributes.items():
+        plain = values and all(isinstance(value, str) and _is_plain(value) for value in values)
+        text = ",".join(values) if plain else json.dumps(list(values))
+        words += ["--attribute-filter", f"{name}={text}"]
+    return words
+
+
+def _is_plain(value: str) -> bool:
+    return bool(_PLAIN.fullmatch(value)) and _scalar(value) == value
+
+
+def _split(item: str, option: str, example: str) -> tuple[str, str]:
+    name, equals, value = item.partition("=")
+    if not equals or not name.strip():
+        raise typer.BadParameter(f"{item!r} is not of the form NAME=VALUE: write {option} {example}")
+    return name.strip(), value.strip()
+
+
+def _scalar(text: str) -> Any:
+    try:
+        value = json.loads(text, parse_constant=_no_constant)
+    except ValueError:
+        return text
+    return value if isinstance(value, (str, int, float, bool)) else text
+
+
+def _array(text: str) -> list[Any] | None:
+    try:
+        values = json.loads(text, parse_constant=_no_constant)
+    except ValueError:
+        return None
+    if isinstance(values, list) and all(isinstance(value, (str, int, float, bool)) for value in values):
+        return values
+    return None
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON value")

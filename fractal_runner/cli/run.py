@@ -1,0 +1,188 @@
+"""`fractal-runner run`: one run, shown while it goes on, and what to do when it fails."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shlex
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from fractal_runner.cli.options import filter_arguments
+from fractal_runner.cli.progress import display_for
+from fractal_runner.errors import JobExecutionError, TaskExecutionError
+from fractal_runner.quantities import format_time
+from fractal_runner.workflow.events import Event, TaskStarted
+from fractal_runner.workflow.files import write_dataset
+from fractal_runner.workflow.models import Dataset, Workflow
+from fractal_runner.workflow.process import process_workflow
+from fractal_runner.workflow.run import DATASET_FILE, FILTERS_FILE
+
+EXIT_TASK_ERROR = 1
+EXIT_USAGE = 2
+EXIT_JOB_ERROR = 3
+EXIT_BY_SIGNAL = 128  # plus the signal's number, as shells have it: 130 for Ctrl-C
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """What the command line asked for, read and checked as far as it goes.
+
+    Attributes:
+        workflow_file: where the workflow came from.
+        workflow: the workflow.
+        dataset: the dataset.
+        directory: the run's directory.
+        executor: the executor's name.
+        options: its options.
+        first, last: positions of the first and last task.
+        type_filters, attribute_filters: the filters.
+        output: where to write the final dataset as well.
+        repeated: words of the command line that a command which goes on from here needs as well.
+    """
+
+    workflow_file: Path
+    workflow: Workflow
+    dataset: Dataset
+    directory: Path
+    executor: str
+    options: Mapping[str, Any]
+    first: int | None
+    last: int | None
+    type_filters: Mapping[str, bool]
+    attribute_filters: Mapping[str, Sequence[Any]]
+    output: Path | None
+    repeated: Sequence[str]
+
+
+def execute(request: RunRequest, console: Console) -> int:
+    """Run it; the exit code."""
+    return asyncio.run(_Session(request, console).run())
+
+
+class _Session:
+    """One run on a console, from its first task to what is said at its end."""
+
+    def __init__(self, request: RunRequest, console: Console) -> None:
+        self._request = request
+        self._console = console
+        self._display = display_for(console)
+        self._began: int | None = None  # order of the task that began last
+        self._signal: int | None = None
+
+    async def run(self) -> int:
+        request = self._request
+        began = time.monotonic()
+        task = asyncio.ensure_future(
+            process_workflow(
+                workflow=request.workflow,
+                dataset=request.dataset,
+                workflow_dir_local=request.directory,
+                first_task_index=request.first,
+                last_task_index=request.last,
+                job_type_filters=request.type_filters,
+                job_attribute_filters=request.attribute_filters,
+                executor=(request.executor, request.options),
+                on_event=self._on_event,
+            )
+        )
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._on_signal, number, task)
+        try:
+            with self._display:
+                dataset = await task
+        except asyncio.CancelledError:
+            received = self._signal or int(signal.SIGTERM)
+            self._say(f"Stopped by {signal.Signals(received).name}; what ran has been ended.")
+            self._say_how_to_go_on()
+            return EXIT_BY_SIGNAL + received
+        except (TaskExecutionError, JobExecutionError) as error:
+            self._say(str(error), style="red")
+            if len(error.failures) > 1:
+                self._say(f"{len(error.failures)} units failed; this is the first of them.")
+            self._say_how_to_go_on()
+            return EXIT_JOB_ERROR if isinstance(error, JobExecutionError) else EXIT_TASK_ERROR
+        except ValueError as error:
+            self._say(str(error), style="red")
+            return EXIT_USAGE
+        written = [request.directory / DATASET_FILE]
+        if request.output is not None:
+            try:
+                write_dataset(request.output, dataset)
+            except OSError as error:
+                self._say(
+                    f"{request.output} cannot be written: {error.strerror}; the dataset is in {written[0]}"
+                )
+                return EXIT_JOB_ERROR
+            written.append(request.output)
+        self._say(
+            f"Done after {format_time(time.monotonic() - began)}: {len(dataset.images)} image(s); "
+            f"the dataset is in {' and '.join(map(str, written))}"
+        )
+        return 0
+
+    def _on_event(self, event: Event) -> None:
+        if isinstance(event, TaskStarted):
+            self._began = event.order
+        self._display.show(event)
+
+    def _on_signal(self, number: int, task: asyncio.Task[Dataset]) -> None:
+        self._signal = number
+        self._say(
+            f"{signal.Signals(number).name}: ending what runs (SIGTERM, and SIGKILL a few seconds later) …"
+        )
+        task.cancel()
+
+    def _say_how_to_go_on(self) -> None:
+        command = self._command_that_goes_on()
+        if command is None:
+            self._say("Nothing has run.")
+        else:
+            self._say("To go on from there, in a new directory, once the cause is mended:")
+            self._say(f"  {shlex.join(command)}")
+
+    def _command_that_goes_on(self) -> list[str] | None:
+        """The command that starts with the task that did not end, from what the run wrote before it."""
+        request = self._request
+        if self._began is None:
+            return None
+        first = next(
+            position for position, task in enumerate(request.workflow.task_list) if task.order == self._began
+        )
+        filters = json.loads((request.directory / FILTERS_FILE).read_text(encoding="utf-8"))
+        words = [*_program(), "run", str(request.workflow_file)]
+        words += ["--dataset", str(request.directory / DATASET_FILE)]
+        words += ["--workflow-dir", str(_unused(request.directory)), "--first", str(first)]
+        if request.last is not None:
+            words += ["--last", str(request.last)]
+        words += filter_arguments(filters["type_filters"], filters["attribute_filters"])
+        return [*words, *request.repeated]
+
+    def _say(self, text: str, style: str | None = None) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True, style=style)
+
+
+def _unused(directory: Path) -> Path:
+    """A directory beside the given one that is not there yet."""
+    number = 2
+    while (beside := directory.with_name(f"{directory.name}-{number}")).exists():
+        number += 1
+    return beside
+
+
+def _program() -> list[str]:
+    """The words that start this program again."""
+    started = Path(sys.argv[0])
+    if started.name == "__main__.py":
+        return [sys.executable, "-m", "fractal_runner"]
+    found = shutil.which(started.name)
+    return [started.name] if found and Path(found).absolute() == started.absolute() else [str(started)]

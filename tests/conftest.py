@@ -1,0 +1,36 @@
+"""What all tests share: where the tasks' environment is, and what a skipped test means."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+TOP = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def top() -> Path:
+    """The project's top level."""
+    return TOP
+
+
+@pytest.fixture(scope="session")
+def task_python() -> Path:
+    """The Python of the demo's task environment, which `make test` sets up."""
+    python = TOP / ".venv-tasks" / "bin" / "python"
+    if not (TOP / ".venv-tasks" / ".ready").exists():
+        pytest.skip("no task environment: `make .venv-tasks/.ready` sets it up")
+    return python
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Where nothing may be missing, a skipped test is a failure."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or not os.environ.get("FRACTAL_RUNNER_NO_SKIPS"):
+        return
+    if skipped := reporter.stats.get("skipped"):
+        reporter.write_line(f"{len(skipped)} test(s) skipped, which is a failure here", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -1,0 +1,73 @@
+"""What the documentation shows is run: Python blocks as scripts, commands as they stand."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOP = Path(__file__).parent.parent.parent
+PAGES = [TOP / "README.md", *sorted((TOP / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path) -> list[tuple[str, str | None, str]]:
+    return [(kind, title or None, text) for kind, title, text in BLOCK.findall(page.read_text())]
+
+
+def run(command: list[str], folder: Path) -> str:
+    answer = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    return answer.stdout
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_python_on_the_page_runs_and_prints_what_the_page_says(page: Path, tmp_path: Path) -> None:
+    found = blocks(page)
+    for position, (kind, title, text) in enumerate(found):
+        if kind != "python" or title is not None:
+            continue
+        script = tmp_path / f"block_{position}.py"
+        script.write_text(text)
+        printed = run([sys.executable, str(script)], tmp_path)
+        following = found[position + 1] if position + 1 < len(found) else ("", None, "")
+        if following[0] == "text":
+            assert printed == following[2]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_commands_on_the_page_run(page: Path, tmp_path: Path) -> None:
+    program = str(Path(sys.executable).parent / "fractal-runner")
+    for kind, title, text in blocks(page):
+        if title is not None:
+            (tmp_path / title).write_text(text)
+        elif kind == "console":
+            for line in text.splitlines():
+                words = shlex.split(line.removeprefix("$ "), comments=True)
+                # Those with a task environment need one; the test of the demo runs them.
+                if words[0] == "fractal-runner" and "--task-env" not in words:
+                    run([program, *words[1:]], tmp_path)
+
+
+def test_every_page_that_is_linked_exists() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_documentation_builds_without_warnings(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "--quiet",
+        "--site-dir",
+        str(tmp_path / "s"),
+    ]
+    run(command, TOP)
