@@ -11,8 +11,8 @@ import argparse
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import skimage
@@ -41,8 +41,15 @@ Z_SPACING = 2.0  # micrometres
 DEFOCUS = 2.0  # pixels: sigma of the blur of the two outer planes
 
 
-class Well(NamedTuple):
-    """Where a well is on the plate, and its place in the order in which wells are filled."""
+@dataclass(frozen=True, slots=True)
+class Well:
+    """Where a well is on the plate.
+
+    Attributes:
+        index: its place, from 0, in the order in which wells are filled.
+        row: such as A.
+        column: such as 01.
+    """
 
     index: int
     row: str
@@ -64,7 +71,7 @@ def haematoxylin(rgb: NDArray[np.uint8]) -> Image16:
     Returns:
         Shape (y, x).
     """
-    stain = rgb2hed(rgb)[..., 0]
+    stain: NDArray[np.float64] = rgb2hed(rgb)[..., 0]
     return np.round(stain / stain.max() * np.iinfo(np.uint16).max).astype(np.uint16)
 
 
@@ -98,7 +105,7 @@ def cut_tiles(planes: Image16) -> list[Image16]:
 
 
 def vary(tile: Image16, variation: int) -> Image16:
-    """Make another well of a tile: mirrored, and after every four variations darker by a tenth.
+    """Make another well of a tile: mirrored, and after every four variations a tenth paler.
 
     Neither changes which pixels are nuclei, so the counts of the first twelve wells come again.
 
@@ -109,12 +116,12 @@ def vary(tile: Image16, variation: int) -> Image16:
     Returns:
         The same shape.
     """
-    darker, flips = divmod(variation, 4)
+    paler, flips = divmod(variation, 4)
     if flips & 1:
         tile = tile[..., ::-1]
     if flips & 2:
         tile = tile[..., ::-1, :]
-    return np.round(tile * 0.9**darker).astype(np.uint16)
+    return np.round(tile * 0.9**paler).astype(np.uint16)
 
 
 def plate_wells(count: int) -> Iterator[Well]:
@@ -199,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=TILES,
         metavar="N",
         help=f"number of wells, 1 to {MAX_WELLS} (default: %(default)s); "
-        f"past {TILES}, tiles come again mirrored and darker",
+        f"past {TILES}, tiles come again mirrored and paler",
     )
     options = parser.parse_args(argv)
     problem = problem_with(options.directory)

@@ -200,10 +200,11 @@ def colour(well: Well, darkest: float, enlargement: int) -> NDArray[np.float64]:
     Returns:
         Red, green and blue from 0 to 1, of shape (y, x, 3).
     """
-    # Labels are enlarged before they are outlined, which keeps the line one pixel of the picture wide.
+    # Labels are enlarged before they are outlined, which keeps the line thin.
     square = np.ones((enlargement, enlargement), dtype=well.labels.dtype)
     picture = np.kron(STAIN(np.clip(well.image / darkest, 0, 1))[..., :3], square[..., np.newaxis])
-    picture[find_boundaries(np.kron(well.labels, square), mode="inner")] = to_rgb(OUTLINE)
+    line = "thick" if enlargement > 1 else "inner"
+    picture[find_boundaries(np.kron(well.labels, square), mode=line)] = to_rgb(OUTLINE)
     return picture
 
 
