@@ -81,7 +81,7 @@ def run(
 
     Exit codes: 0 done, 1 a task failed, 2 wrong usage or input, 3 a job failed, 130 Ctrl-C.
     """
-    from fractal_runner.cli.run import RunRequest, execute
+    from fractal_runner.cli.run import RunRequest, execute, unused
     from fractal_runner.workflow.files import load_dataset, load_workflow
 
     console = Console(stderr=True)
@@ -104,7 +104,7 @@ def run(
         workflow_file=workflow,
         workflow=load_workflow(workflow, task_env=task_env),
         dataset=load_dataset(dataset, zarr_dir=_absolute(zarr_dir)),
-        directory=workflow_dir or Path("fractal_runs") / time.strftime("%Y%m%d-%H%M%S"),
+        directory=workflow_dir or unused(Path("fractal_runs") / time.strftime("%Y%m%d-%H%M%S")),
         executor=executor,
         options=options,
         first=first,

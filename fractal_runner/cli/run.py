@@ -161,7 +161,7 @@ class _Session:
         filters = json.loads((request.directory / FILTERS_FILE).read_text(encoding="utf-8"))
         words = [*_program(), "run", str(request.workflow_file)]
         words += ["--dataset", str(request.directory / DATASET_FILE)]
-        words += ["--workflow-dir", str(_unused(request.directory)), "--first", str(first)]
+        words += ["--workflow-dir", str(unused(request.directory)), "--first", str(first)]
         if request.last is not None:
             words += ["--last", str(request.last)]
         words += filter_arguments(filters["type_filters"], filters["attribute_filters"])
@@ -171,11 +171,12 @@ class _Session:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True, style=style)
 
 
-def _unused(directory: Path) -> Path:
-    """A directory beside the given one that is not there yet."""
-    number = 2
-    while (beside := directory.with_name(f"{directory.name}-{number}")).exists():
+def unused(directory: Path) -> Path:
+    """This directory, or one beside it with a number behind its name: the first that is not there."""
+    beside, number = directory, 1
+    while beside.exists():
         number += 1
+        beside = directory.with_name(f"{directory.name}-{number}")
     return beside
 
 

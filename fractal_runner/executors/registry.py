@@ -139,6 +139,15 @@ class Executors:
         """Whether calls surely run in threads of this process."""
         return isinstance(self.get(name), ThreadPoolExecutor)
 
+    def takes_back(self, name: str | None = None) -> bool:
+        """Whether calls that have not started can be cancelled one by one.
+
+        The standard library's process pool stops serving its other futures if a worker dies after one of
+        them was cancelled (its `terminate_broken` meets a future that has ended). Units that are told to
+        stop end as soon as they start, so nothing is lost by leaving them there.
+        """
+        return not isinstance(self.get(name), ProcessPoolExecutor)
+
     def worker_count(self, name: str | None = None) -> int | None:
         """How many calls run at a time, where the executor tells."""
         executor = self.get(name)

@@ -18,7 +18,7 @@ from dataclasses import asdict, fields, replace
 from typing import Any
 
 from fractal_runner.worker import processes
-from fractal_runner.worker.evidence import Ledger, own_ledger
+from fractal_runner.worker.evidence import Ledger, own_identity, own_ledger
 from fractal_runner.worker.function import call_function
 from fractal_runner.worker.processes import Child
 from fractal_runner.worker.spec import (
@@ -60,7 +60,7 @@ def run_unit(spec: UnitSpec) -> UnitResult:
         return _not_started(spec, CANCELLED, "The run was stopped before this unit started.")
     try:
         ledger = own_ledger(f"{spec.run_dir}/{EVIDENCE_DIR}")
-        ledger.append({"kind": "start", "key": spec.key, "time": time.time()})
+        ledger.append({"kind": "start", "key": spec.key, "time": time.time(), "worker": own_identity()})
     except OSError as error:
         return _not_started(spec, LAUNCH_FAILED, f"Cannot record the start of the unit: {error}.")
     if spec.command is not None:

@@ -16,6 +16,7 @@ import os
 import threading
 import zlib
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 from fractal_runner.worker.processes import identify
@@ -70,12 +71,13 @@ def own_ledger(directory: str) -> Ledger:
     It stays open until the worker serves another directory or ends: a worker holds one file at most.
     """
     ledger: Ledger | None = getattr(_local, "ledger", None)
-    if ledger is not None and _local.directory == directory and _local.pid == os.getpid():
+    place = directory, os.getpid()
+    if ledger is not None and _local.place == place:
         return ledger
     if ledger is not None:
         ledger.close()
     _local.ledger = ledger = Ledger(f"{directory}/{_file_name()}")
-    _local.directory = directory
+    _local.place = place
     return ledger
 
 
@@ -139,14 +141,18 @@ def _expect_nothing_behind(data: bytes, bad: int) -> None:
         offset = data.find(_MAGIC, offset + 1)
 
 
+def own_identity() -> dict[str, Any]:
+    """The identity of this process, as records bear it."""
+    pid = os.getpid()
+    if getattr(_local, "identified", None) != pid:
+        _local.identity = asdict(identify(pid))
+        _local.identified = pid
+    identity: dict[str, Any] = _local.identity
+    return identity
+
+
 def _file_name() -> str:
     """A name that no other worker has or had: host, boot, pid, start of the process, thread."""
-    pid = os.getpid()
-    if getattr(_local, "pid", None) != pid:
-        who = identify(pid)
-        _local.pid = pid
-        _local.name = (
-            f"{who.host}-{who.boot_id[:8]}-{pid}-{who.start_ticks or 0}-{threading.get_native_id()}.log"
-        )
-    name: str = _local.name
-    return name
+    who = own_identity()
+    process = f"{who['host']}-{who['boot_id'][:8]}-{who['pid']}-{who['start_ticks'] or 0}"
+    return f"{process}-{threading.get_native_id()}.log"

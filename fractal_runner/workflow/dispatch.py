@@ -37,14 +37,21 @@ class Dispatch:
         submit: gives a unit to the executor.
         units: what is to run; asked for one by one.
         window: how many may be in flight; None for as many as there are.
+        takes_back: whether the executor stands it that futures of its own are cancelled.
     """
 
     def __init__(
-        self, submit: Callable[[Unit], Future[UnitResult]], units: Iterator[Unit], window: int | None
+        self,
+        submit: Callable[[Unit], Future[UnitResult]],
+        units: Iterator[Unit],
+        window: int | None,
+        *,
+        takes_back: bool = True,
     ) -> None:
         self._submit = submit
         self._units: Iterator[Unit] | None = units
         self._window = window
+        self._takes_back = takes_back
         self._in_flight: dict[Future[UnitResult], Unit] = {}
         self._refused: list[Ended] = []
         self._ended: queue.SimpleQueue[Future[UnitResult] | None] = queue.SimpleQueue()
@@ -72,7 +79,7 @@ class Dispatch:
     def submit_no_more(self) -> None:
         """Leave out the units that have not been submitted, and take back those that have not started."""
         self._units = None
-        for future in list(self._in_flight):
+        for future in list(self._in_flight) if self._takes_back else ():
             if future.cancel():
                 del self._in_flight[future]
 

@@ -264,7 +264,12 @@ class Run:
             self._check_program(stage)
         self._make_folders(place)
         submit = self._executors.get(name).submit
-        dispatch = Dispatch(lambda unit: submit(run_unit, place.spec(unit)), units, self._window)
+        dispatch = Dispatch(
+            lambda unit: submit(run_unit, place.spec(unit)),
+            units,
+            self._window,
+            takes_back=self._executors.takes_back(name),
+        )
         outcome = Outcome(stage, urls)
         # A Python function in one of our own threads cannot be ended; all else can, given some time.
         in_thread = stage.function is not None and self._executors.shares_process(name)
