@@ -36,7 +36,7 @@ class Dispatch:
     Args:
         submit: gives a unit to the executor.
         units: what is to run; asked for one by one.
-        window: how many may be in flight; None for as many as there are.
+        window: how many may be in flight.
         takes_back: whether the executor stands it that futures of its own are cancelled.
     """
 
@@ -44,7 +44,7 @@ class Dispatch:
         self,
         submit: Callable[[Unit], Future[UnitResult]],
         units: Iterator[Unit],
-        window: int | None,
+        window: int,
         *,
         takes_back: bool = True,
     ) -> None:
@@ -92,7 +92,7 @@ class Dispatch:
 
     def _fill(self) -> None:
         submitted = 0
-        while self._units is not None and (self._window is None or len(self._in_flight) < self._window):
+        while self._units is not None and len(self._in_flight) < self._window:
             unit = next(self._units, None)
             if unit is None:
                 self._units = None

@@ -22,7 +22,6 @@ from typing import Any, Literal
 from fractal_runner.errors import did_you_mean
 from fractal_runner.executors import registry
 from fractal_runner.workflow import plan
-from fractal_runner.workflow.dispatch import DEFAULT_WINDOW
 from fractal_runner.workflow.events import Event
 from fractal_runner.workflow.models import Dataset, Workflow
 from fractal_runner.workflow.run import END_MARGIN_S, Run, RunCancelledError
@@ -73,7 +72,8 @@ async def process_workflow(
         on_event: called with each event on the event loop, in order. What it raises is logged.
         user_cache_dir: FRACTAL_CACHE_DIR in the tasks' environment.
         on_failure: "continue" runs all units of a failing task, "stop" leaves out those not started.
-        max_in_flight: how many units may be submitted and not ended; None for 1,000.
+        max_in_flight: how many units may be submitted and not ended; None for 1,000, or a few per
+            worker where those that have not started cannot be taken back (stdlib process pools).
         grace_s: seconds that a unit has between TERM and KILL when it is ended.
 
     Returns:
@@ -108,7 +108,7 @@ async def process_workflow(
         emit=None if on_event is None else courier.send,
         env={} if user_cache_dir is None else {USER_CACHE_VARIABLE: os.fspath(user_cache_dir)},
         stop_at_failure=on_failure == "stop",
-        window=max_in_flight or DEFAULT_WINDOW,
+        window=max_in_flight,
         grace_s=grace_s,
     )
     ended: asyncio.Future[Dataset] = loop.create_future()

@@ -18,7 +18,7 @@ from fractal_runner.worker.processes import host_name
 from fractal_runner.worker.spec import CANCELLED
 from fractal_runner.worker.stop import SHUTDOWN_FILE, StopRequest, ask_to_stop, stoppable
 from fractal_runner.workflow import plan
-from fractal_runner.workflow.dispatch import Dispatch, Ended
+from fractal_runner.workflow.dispatch import DEFAULT_WINDOW, Dispatch, Ended
 from fractal_runner.workflow.events import Event, TaskFinished, TaskProgress, TaskStarted, UnitFinished
 from fractal_runner.workflow.failures import Explain, UnitError
 from fractal_runner.workflow.files import write_dataset, write_json
@@ -60,7 +60,7 @@ class Run:
         emit: Callable[[Event], None] | None,
         env: Mapping[str, str],
         stop_at_failure: bool,
-        window: int,
+        window: int | None,
         grace_s: float,
     ) -> None:
         self.label = label
@@ -267,7 +267,7 @@ class Run:
         dispatch = Dispatch(
             lambda unit: submit(run_unit, place.spec(unit)),
             units,
-            self._window,
+            self._window or self._default_window(name),
             takes_back=self._executors.takes_back(name),
         )
         outcome = Outcome(stage, urls)
@@ -280,6 +280,13 @@ class Run:
         finally:
             self._dispatch = None
         return outcome
+
+    def _default_window(self, name: str | None) -> int:
+        """How many units may be in flight: few, where those that have not started cannot be taken back."""
+        workers = self._executors.worker_count(name)
+        if workers is None or self._executors.takes_back(name):
+            return DEFAULT_WINDOW
+        return 2 * workers + 2
 
     def _drive(self, dispatch: Dispatch, outcome: Outcome, explain: Explain, patience: float) -> None:
         """Take in the units' ends until all have ended, or have been given up."""
