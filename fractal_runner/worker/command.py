@@ -333,9 +333,10 @@ def _read_output(path: str) -> tuple[Any, str | None, str | None]:
         return None, None, None
     except OSError as error:
         return None, f"{path} cannot be read: {os.strerror(error.errno or 0)}", None
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        return None, f"{path} is not a regular file", None
     with os.fdopen(fd, "rb") as file:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            return None, f"{path} is not a regular file", None
         try:
             text = file.read().decode()
             # The hooks cost little and let other threads have their turn within a large file.

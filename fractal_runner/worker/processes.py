@@ -151,7 +151,7 @@ def end_group(leader: Child, mark: bytes, grace_s: float) -> None:
         _signal_each(strays, signal.SIGTERM)
         deadline = time.monotonic() + grace_s
         while time.monotonic() < deadline:
-            if leader.wait(0) and group_is_empty(group) and not any(map(_alive, strays)):
+            if leader.wait(0) and group_is_empty(group) and not any(map(is_running, strays)):
                 break
             time.sleep(_PAUSE_S)
     # Children that were forked meanwhile are looked for until a round finds none.
@@ -171,7 +171,7 @@ def end_descendants(pid: int, grace_s: float) -> None:
     children = descendants(pid)
     _signal_each(children, signal.SIGTERM)
     deadline = time.monotonic() + grace_s
-    while any(map(_alive, children)) and time.monotonic() < deadline:
+    while any(map(is_running, children)) and time.monotonic() < deadline:
         time.sleep(_PAUSE_S)
     _signal_each({*children, *descendants(pid)}, signal.SIGKILL)
 
@@ -245,7 +245,8 @@ def _memory_of(pid: int) -> tuple[int, int]:
     return resident, high
 
 
-def _alive(pid: int) -> bool:
+def is_running(pid: int) -> bool:
+    """Whether there is such a process; a zombie has ended."""
     fields = _stat_fields(pid)
     return bool(fields) and fields[0] not in (b"Z", b"X")
 

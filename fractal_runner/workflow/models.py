@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import (
     AfterValidator,
@@ -162,8 +162,9 @@ def teach(
         if line["type"] in ("extra_forbidden", "unexpected_keyword_argument") and known is not None:
             message = f"unknown field {str(place[-1])!r}: {did_you_mean(str(place[-1]), known)}"
             kind = PydanticCustomError("unknown_field", "{message}", {"message": message})
-        elif line["type"] in ("value_error", "assertion_error", "unknown_field"):
-            message = str(context.get("error") or context.get("message"))
+        elif line["type"] in ("value_error", "assertion_error") or line["type"] not in _BUILT_IN_ERRORS:
+            # An error of our own: its sentence, without pydantic's "Value error" in front.
+            message = str(context.get("error") or line["msg"])
             kind = PydanticCustomError(line["type"], "{message}", {"message": message})
         lines.append(InitErrorDetails(type=kind, loc=place, input=line["input"], ctx=context))
     return ValidationError.from_exception_data(title, lines)
@@ -181,6 +182,7 @@ def describe(error: ValidationError, limit: int = 20) -> list[str]:
     return [*lines, f"and {hidden} more of this kind"] if hidden > 0 else lines
 
 
+_BUILT_IN_ERRORS = frozenset(get_args(core_schema.ErrorType))
 _NEEDS = {  # task type -> (a non-parallel command or function, a parallel one)
     "non_parallel": (True, False),
     "parallel": (False, True),

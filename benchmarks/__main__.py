@@ -1,0 +1,59 @@
+"""`python -m benchmarks [NAME…]`: run benchmarks by name, print their tables, write their figures."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+from benchmarks._report import Report, say
+from benchmarks._scratch import Scratch
+from fractal_runner.errors import did_you_mean
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+# One line per benchmark: the module benchmarks.<name> has `run(report, scratch)`.
+BENCHMARKS = {
+    "overhead": "what a unit costs beside the same call in a bare pool of threads",
+    "images": "from tasks' raw outputs to the new dataset, and filtering it, up to 1,000,000 images",
+    "loop": "how late the caller's event loop is with 10,000 units in flight",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run what the command line names; 0, or 1 if a benchmark could not be run."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="benchmarks to run (default: all)")
+    parser.add_argument("--json-dir", type=Path, default=RESULTS, help="where <name>.json goes (%(default)s)")
+    parser.add_argument("--list", action="store_true", help="list the benchmarks and end")
+    options = parser.parse_args(arguments)
+    if options.list:
+        width = max(map(len, BENCHMARKS))
+        for name, what in BENCHMARKS.items():
+            print(f"{name:{width}}  {what}")
+        return 0
+    for name in options.names:
+        if name not in BENCHMARKS:
+            parser.error(f"unknown benchmark {name!r}: {did_you_mean(name, BENCHMARKS)}")
+    options.json_dir.mkdir(parents=True, exist_ok=True)
+    failed = False
+    # One scratch for all of them, emptied at the very end: see its module.
+    with Scratch(below=RESULTS) as scratch:
+        for name in dict.fromkeys(options.names or BENCHMARKS):
+            report = Report(name, BENCHMARKS[name])
+            say(f"{name}: {BENCHMARKS[name]}")
+            try:
+                importlib.import_module(f"benchmarks.{name}").run(report, scratch)
+            except Exception as error:  # one that cannot run here does not keep the others from running
+                say(f"{name}: could not be run: {type(error).__name__}: {error}")
+                failed = True
+                continue
+            report.print()
+            say(f"{name}: figures in {report.write(options.json_dir)}")
+        say("removing the run directories")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
