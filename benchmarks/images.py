@@ -20,7 +20,7 @@ from benchmarks._report import Report, alternate, mb, median, medians, ratio, se
 from benchmarks._scratch import Scratch
 from fractal_runner import Dataset
 from fractal_runner.workflow.images import ImageList
-from fractal_runner.workflow.outputs import UnitOutput, merge, validate_output
+from fractal_runner.workflow.outputs import UnitOutput, collector_paused, merge, validate_output
 
 COUNTS = (1_000, 10_000, 100_000, 1_000_000)
 REPETITIONS = 3
@@ -169,7 +169,8 @@ def naive(count: int, shape: str) -> dict[str, Any]:
 def _merged(raw: list[dict[str, Any]]) -> Dataset:
     """What a run does with the outputs of a converter's units."""
     dataset = Dataset(name="benchmark", zarr_dir=_ZARR_DIR)
-    outputs = [UnitOutput(None, True, validate_output(output)) for output in raw]
+    with collector_paused():  # as a run has it, around each batch of units that ended
+        outputs = [UnitOutput(None, True, validate_output(output)) for output in raw]
     merged = merge(
         ImageList(dataset.images),
         outputs,

@@ -12,9 +12,10 @@ import json
 import os
 import stat
 import subprocess
+import threading
 import time
 import zlib
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 from fractal_runner.worker import processes
@@ -40,6 +41,8 @@ _FIRST_SAMPLE_S = 0.05
 _LEFTOVER_GRACE_S = 2.0
 _KILL_WAIT_S = 10.0
 _RECORDED = tuple(field.name for field in fields(UnitResult) if field.name not in ("key", "output"))
+_local = threading.local()
+_encode = json.JSONEncoder(allow_nan=False).encode
 _WRITE_LOG = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC
 # The shell's codes (POSIX, XCU 2.8.2): 127 for a command that is not there, 126 for one that is but
 # cannot be executed.
@@ -107,6 +110,7 @@ def _run_command(
     except OSError as error:
         return _not_started(spec, LAUNCH_FAILED, f"Cannot write the unit's files: {error}."), None
     parent_peak = processes.own_peak_rss()
+    mark = f"{MARK_VARIABLE}={spec.key}".encode()
     started = time.time()
     try:
         popen = subprocess.Popen(
@@ -114,7 +118,7 @@ def _run_command(
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env={**os.environ, **dict(spec.env), MARK_VARIABLE: spec.key},
+            env=_environment(spec, mark),
             process_group=0,
         )
     except OSError as error:
@@ -122,7 +126,6 @@ def _run_command(
     finally:
         os.close(log)
     child = Child(popen.pid)
-    mark = f"{MARK_VARIABLE}={spec.key}".encode()
     try:
         note = _record_process(ledger, spec, child.pid)
         reason, message, peak = _watch(spec, stop, child, mark)
@@ -220,7 +223,7 @@ def _run_function(spec: UnitSpec, stop: StopRequest) -> tuple[UnitResult, str | 
     text: str | None = None
     if result.output is not None:
         try:
-            text = json.dumps(result.output, allow_nan=False)
+            text = _encode(result.output)
         except (TypeError, ValueError, RecursionError) as error:
             reason = f"the value that the function returned is not JSON: {error}"
             result = replace(result, output=None, output_error=reason)
@@ -275,9 +278,10 @@ def _not_executed(spec: UnitSpec, word: str, error: OSError, started: float) -> 
 
 def _record_process(ledger: Ledger, spec: UnitSpec, pid: int) -> str | None:
     """Record the identity of the unit's process; why it could not be, if so."""
-    identity = asdict(processes.identify(pid))
     try:
-        ledger.append({"kind": "process", "key": spec.key, "process": identity})
+        # On the host and since the boot that the record of the start names.
+        ticks = processes.start_ticks(pid)
+        ledger.append({"kind": "process", "key": spec.key, "pid": pid, "start_ticks": ticks})
     except OSError as error:
         return f"The unit's process id could not be recorded: {error}."
     return None
@@ -303,8 +307,25 @@ def _with_note(result: UnitResult, note: str) -> UnitResult:
     return replace(result, message=f"{result.message} {note}" if result.message else note)
 
 
+def _environment(spec: UnitSpec, mark: bytes) -> dict[bytes, bytes]:
+    """The unit's environment: that of the worker when it met the run, and the unit's mark.
+
+    As bytes and kept for the run's next unit, because to copy `os.environ` takes longer than to start a
+    small command.
+    """
+    environment: dict[bytes, bytes]
+    run, environment = getattr(_local, "environment", (None, {}))
+    if run != (spec.run_id, spec.env):
+        added = {os.fsencode(name): os.fsencode(value) for name, value in spec.env}
+        environment = {**os.environb, **added}
+        _local.environment = (spec.run_id, spec.env), environment
+    variable, _, key = mark.partition(b"=")
+    environment[variable] = key  # the thread's own, and Popen copies it
+    return environment
+
+
 def _write_args(spec: UnitSpec) -> None:
-    data = json.dumps(spec.args, allow_nan=False, indent=2).encode()
+    data = _encode(spec.args).encode()
     fd = os.open(spec.args_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
     try:
         view = memoryview(data)

@@ -253,7 +253,16 @@ def is_running(pid: int) -> bool:
 
 def _stat_fields(pid: int) -> list[bytes]:
     """/proc/PID/stat from field 3 (state) on: the name before it may contain anything."""
-    text = _read(f"{_PROC}/{pid}/stat")
+    try:
+        fd = os.open(f"{_PROC}/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return []
+    try:
+        text = os.read(fd, 4096)
+    except OSError:
+        return []
+    finally:
+        os.close(fd)
     return text[text.rfind(b")") + 2 :].split()
 
 

@@ -34,22 +34,16 @@ class ImageList:
     def get(self, zarr_url: str) -> Image | None:
         return self._images.get(zarr_url)
 
-    def put(self, image: Image) -> None:
-        """Replace the image of the same zarr_url, in its place, or append a new one."""
-        self._images[image.zarr_url] = image
+    def by_url(self) -> dict[str, Image]:
+        """The images by zarr_url, in order: a dictionary of the caller's own."""
+        return self._images.copy()
 
-    def remove(self, zarr_url: str) -> None:
-        """Remove an image.
-
-        Raises:
-            KeyError: if it is not there.
-        """
-        del self._images[zarr_url]
-
-    def copy(self) -> ImageList:
-        twin = ImageList()
-        twin._images = self._images.copy()
-        return twin
+    @classmethod
+    def of(cls, images: dict[str, Image]) -> ImageList:
+        """The list of these images by zarr_url; the dictionary becomes the list's own."""
+        made = cls()
+        made._images = images
+        return made
 
     def select(self, types: TypeFilters, attributes: AttributeFilters) -> list[Image]:
         """The images that match all filters, in order.

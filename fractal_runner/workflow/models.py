@@ -122,13 +122,19 @@ def image_of(
     zarr_url: str, origin: str | None, attributes: dict[str, Scalar], types: dict[str, bool]
 ) -> Image:
     """An Image of values that have been checked already."""
-    image = object.__new__(Image)
-    put = object.__setattr__
-    put(image, "zarr_url", zarr_url)
-    put(image, "origin", origin)
-    put(image, "attributes", attributes)
-    put(image, "types", types)
+    image = _new_image(Image)
+    # The slots' own descriptors: a frozen dataclass's `__setattr__` refuses, and a million are made.
+    _set_zarr_url(image, zarr_url)
+    _set_origin(image, origin)
+    _set_attributes(image, attributes)
+    _set_types(image, types)
     return image
+
+
+_new_image = object.__new__
+_set_zarr_url, _set_origin, _set_attributes, _set_types = (
+    getattr(Image, name).__set__ for name in ("zarr_url", "origin", "attributes", "types")
+)
 
 
 class _Model(BaseModel):

@@ -23,6 +23,7 @@ from fractal_runner.workflow.images import ImageList
 from fractal_runner.workflow.models import (
     DATA_CONFIG,
     AttributeValue,
+    Image,
     Scalar,
     TaskType,
     Types,
@@ -104,8 +105,7 @@ def _validated(adapter: TypeAdapter[_T], raw: Any, fields: Iterable[str]) -> _T:
     if not isinstance(raw, dict):
         raise ValueError(f"should be an object or null, not {type(raw).__name__}")
     try:
-        with collector_paused():
-            return adapter.validate_python(raw)
+        return adapter.validate_python(raw)
     except ValidationError as error:
         raise ValueError("; ".join(describe(teach(error, "output", fields, _FIELDS)))) from None
 
@@ -158,13 +158,13 @@ def merge(
             updates = list(stated.values())
         else:
             updates = [_touch(url) for url in _all_or_what_succeeded(ended, selected) if url in images]
-        merged = images.copy()
+        merged = images.by_url()
         _apply(merged, updates, output_types, zarr_dir)
         for url in removals:
             if url not in merged:
                 raise JobExecutionError(f"Cannot remove missing image (zarr_url={url!r}).")
-            merged.remove(url)
-    return merged
+            del merged[url]
+        return ImageList.of(merged)
 
 
 def _collect(units: list[UnitOutput]) -> tuple[dict[str, ImageUpdate], dict[str, None]]:
@@ -233,12 +233,13 @@ def _all_or_what_succeeded(units: list[UnitOutput], selected: Iterable[str]) -> 
 
 
 def _apply(
-    images: ImageList, updates: Iterable[ImageUpdate], output_types: dict[str, bool], zarr_dir: str
+    images: dict[str, Image], updates: Iterable[ImageUpdate], output_types: dict[str, bool], zarr_dir: str
 ) -> None:
     """Put what each update makes into `images`, one after the other: a later one may build on it."""
+    get = images.get
     for update in updates:
         url = update.zarr_url
-        base = images.get(url)
+        base = get(url)
         if base is not None and (update.origin is None or update.origin == url):
             origin = base.origin
         else:
@@ -248,15 +249,18 @@ def _apply(
                     f"(zarr_url={url!r}, zarr_dir={zarr_dir!r})."
                 )
             origin = update.origin
-            base = None if origin is None else images.get(origin)
+            base = None if origin is None else get(origin)
         if base is None:
-            attributes, types = dict(update.attributes), {**update.types, **output_types}
+            # An update is read once, so what it brings can become the image's own.
+            attributes, types = update.attributes, update.types
+            if output_types:
+                types = {**types, **output_types}
         else:
             attributes = {**base.attributes, **update.attributes}
             types = {**base.types, **update.types, **output_types}
         if None in attributes.values():
             attributes = {name: value for name, value in attributes.items() if value is not None}
-        images.put(image_of(url, origin, cast("dict[str, Scalar]", attributes), types))
+        images[url] = image_of(url, origin, cast("dict[str, Scalar]", attributes), types)
 
 
 def _content(item: ImageUpdate | ComputeItem) -> str:

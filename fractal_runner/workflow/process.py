@@ -155,7 +155,10 @@ class _Courier:
                     item()
                 elif self._on_event is not None:
                     self._on_event(item)
-            except Exception:
+            except (KeyboardInterrupt, SystemExit):
+                self._loop.call_soon(self._deliver)  # these end the loop; what is left may still be wanted
+                raise
+            except BaseException:  # a CancelledError of the listener's own is no reason to stop here
                 self._logger.exception("on_event raised an exception for %r; the run goes on", item)
             finally:
                 self._waiting.popleft()

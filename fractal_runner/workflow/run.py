@@ -25,7 +25,7 @@ from fractal_runner.workflow.files import write_dataset, write_json
 from fractal_runner.workflow.images import ImageList
 from fractal_runner.workflow.models import Dataset, Image, Workflow, WorkflowTask
 from fractal_runner.workflow.outcome import Outcome
-from fractal_runner.workflow.outputs import merge
+from fractal_runner.workflow.outputs import collector_paused, merge
 from fractal_runner.workflow.units import Place, Stage, Unit, stages_of, title
 
 if TYPE_CHECKING:
@@ -139,15 +139,17 @@ class Run:
                 )
             self._executors.check(stage.resources.executor)
             if stage.resources.executor is None:  # others are started when they are needed
-                self._check_program(stage)
+                try:
+                    self._check_program(stage)
+                except TaskExecutionError as error:
+                    self._fail(stage.task, error, ImageList(self._dataset.images), self._type_filters)
 
     def _check_program(self, stage: Stage) -> None:
         """Whether the stage's command can be executed, where that can be told from here."""
         if not self._executors.is_local(stage.resources.executor):
             return
         if (problem := plan.missing_program(stage)) is not None:
-            error = TaskExecutionError(problem)
-            self._fail(stage.task, error, ImageList(self._dataset.images), self._type_filters)
+            raise TaskExecutionError(problem)
 
     def _prepare_directory(self) -> None:
         try:
@@ -200,22 +202,26 @@ class Run:
         count = None if task.task.is_converter else len(selected)
         self._logger.info("%s begins%s", title(task), "" if count is None else f" with {count} image(s)")
         self._tell(TaskStarted(_order(task), task.task.name, count))
-        outcome = self._run_stages(stages, selected)
+        try:
+            outcome = self._run_stages(stages, selected)
+        except (TaskExecutionError, JobExecutionError) as error:
+            self._fail(task, error, images, types)
         self._raise_if_cancelled()
         failures = [outcome.failures[index] for index in sorted(outcome.failures)]
+        merged = images
         try:
-            merged = merge(
-                images,
-                outcome.units(),
-                task_type=task.task.type,
-                output_types=task.task.output_types,
-                zarr_dir=self._dataset.zarr_dir,
-                selected=[image.zarr_url for image in selected],
-            )
+            if outcome.stage is stages[-1]:  # else the init unit was all that ran, and it makes no images
+                merged = merge(
+                    images,
+                    outcome.units(),
+                    task_type=task.task.type,
+                    output_types=task.task.output_types,
+                    zarr_dir=self._dataset.zarr_dir,
+                    selected=[image.zarr_url for image in selected],
+                )
         except (TaskExecutionError, JobExecutionError) as error:
             error.args = (f"{title(task)}: {error}",)
-            failures.append(error)
-            merged = images
+            failures.append(_about(task, error))
         if outcome.stopped and not failures:
             failures.append(
                 JobExecutionError(
@@ -231,7 +237,11 @@ class Run:
         )
         self._tell(TaskFinished(_order(task), task.task.name, not failures, len(merged), seconds))
         if failures:
-            self._write_state(merged, types)
+            try:
+                self._write_state(merged, types)
+            except JobExecutionError as error:  # it comes on top of what failed, not in its place
+                self._logger.error("%s", error)
+                failures.append(_about(task, error))
             self._fail(task, failures[0], merged, types, failures)
         return merged
 
@@ -293,15 +303,17 @@ class Run:
         give_up_at = float("inf")
         next_look = 0.0
         for batch in dispatch.batches():
-            for ended in batch:
-                self._record(ended, outcome, explain)
+            with collector_paused():  # once for all of them: what they bring is there to stay
+                for ended in batch:
+                    self._record(ended, outcome, explain)
             if outcome.failures and self._stop_at_failure:
                 dispatch.submit_no_more()
             now = time.monotonic()
             if now < next_look and not self._cancelled.is_set():
                 continue
             next_look = now + _LOOK_S
-            self._show(outcome, dispatch.running())
+            if self._emit is not None:
+                self._show(outcome, dispatch.running())
             if not outcome.stopped and (self._cancelled.is_set() or self._stop.asked()):
                 outcome.stopped = True
                 self._ask_to_stop()
@@ -387,14 +399,20 @@ class Run:
         failures: Sequence[UnitError] = (),
     ) -> NoReturn:
         """Raise `error` as the task's, with what a new run needs to go on from there."""
-        raised = copy.copy(error)  # it lists the failures, itself among them, and should not hold itself
-        raised.workflow_task_id = task.id
-        raised.workflow_task_order = task.order
-        raised.task_name = task.task.name
+        # It lists the failures, itself among them, and should not hold itself.
+        raised = _about(task, copy.copy(error))
         raised.failures = tuple(failures)
         raised.dataset = self._dataset.with_images(images)
         raised.type_filters = dict(types)
         raise raised from error.__cause__
+
+
+def _about(task: WorkflowTask, error: UnitError) -> UnitError:
+    """`error`, which befell the task as a whole, with its attributes."""
+    error.workflow_task_id = task.id
+    error.workflow_task_order = task.order
+    error.task_name = task.task.name
+    return error
 
 
 def _order(task: WorkflowTask) -> int:

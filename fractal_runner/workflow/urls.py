@@ -37,8 +37,9 @@ def normalise_url(url: str) -> str:
 
 def is_inside(url: str, directory: str) -> bool:
     """Whether `url` lies strictly inside `directory`, by path components; both are normalised."""
-    parent = directory.rstrip("/") + "/"
-    return url.startswith(parent) and len(url) > len(parent)
+    if directory[-1] != "/":
+        directory += "/"
+    return url.startswith(directory) and len(url) > len(directory)
 
 
 def _check_components(url: str) -> None:
