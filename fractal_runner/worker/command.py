@@ -108,12 +108,12 @@ def _run_command(
     try:
         _write_args(spec)
         _remove(spec.out_file)
-        log = os.open(spec.log_file, _WRITE_LOG, 0o644)
     except OSError as error:
         return _not_started(spec, LAUNCH_FAILED, f"Cannot write the unit's files: {error}."), None
     parent_peak = processes.own_peak_rss()
     mark = f"{MARK_VARIABLE}={spec.key}".encode()
     started = time.time()
+    since = processes.ticks_since_boot()
     try:
         # Half the price of subprocess.Popen, which encodes the environment anew each time. Descriptors
         # of ours are closed on exec, as Python opens them.
@@ -124,8 +124,8 @@ def _run_command(
                 _environment(spec, mark),
                 file_actions=[
                     (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-                    (os.POSIX_SPAWN_DUP2, log, 1),
-                    (os.POSIX_SPAWN_DUP2, log, 2),
+                    (os.POSIX_SPAWN_OPEN, 1, spec.log_file, _WRITE_LOG & ~os.O_CLOEXEC, 0o644),
+                    (os.POSIX_SPAWN_DUP2, 1, 2),
                 ],
                 setpgroup=0,
                 setsigmask=(),
@@ -134,10 +134,8 @@ def _run_command(
         )
     except OSError as error:
         return _not_executed(spec, command[0], error, started), None
-    finally:
-        os.close(log)
     try:
-        note = _record_process(ledger, spec, child.pid)
+        note = _record_process(ledger, spec, child.pid, since)
         reason, message, peak = _watch(spec, stop, child, mark)
     except BaseException:
         # Ctrl-C in a pool's worker: what was started here is not left behind.
@@ -267,6 +265,10 @@ def _not_started(spec: UnitSpec, reason: str, message: str) -> UnitResult:
 
 def _not_executed(spec: UnitSpec, word: str, error: OSError, started: float) -> UnitResult:
     """The system refused to start the command: the task's fault if the command is, else the node's."""
+    try:  # the child opens the log, and what fails there looks as if the command had
+        os.close(os.open(spec.log_file, _WRITE_LOG, 0o644))
+    except OSError as log_error:
+        return _not_started(spec, LAUNCH_FAILED, f"Cannot write the unit's files: {log_error}.")
     if error.errno not in _EXEC_CODES:
         return _not_started(spec, LAUNCH_FAILED, f"Cannot start {word!r}: {error}.")
     if error.errno == errno.ENOENT and os.path.exists(word):
@@ -285,11 +287,12 @@ def _not_executed(spec: UnitSpec, word: str, error: OSError, started: float) -> 
     )
 
 
-def _record_process(ledger: Ledger, spec: UnitSpec, pid: int) -> str | None:
+def _record_process(ledger: Ledger, spec: UnitSpec, pid: int, since: int) -> str | None:
     """Record the identity of the unit's process; why it could not be, if so."""
     try:
-        # On the host and since the boot that the record of the start names.
-        ticks = processes.start_ticks(pid)
+        # On the host and since the boot that the record of the start names. That it started between two
+        # ticks of the clock tells it from any other process of this pid, and costs no look at /proc.
+        ticks = [since, processes.ticks_since_boot()]
         ledger.append({"kind": "process", "key": spec.key, "pid": pid, "start_ticks": ticks})
     except OSError as error:
         return f"The unit's process id could not be recorded: {error}."

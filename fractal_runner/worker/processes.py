@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 _PROC = "/proc"
 _PAUSE_S = 0.02
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,12 @@ def start_ticks(pid: int) -> int | None:
     """Field 22 of /proc/PID/stat (proc(5)), None if there is no such process or no /proc."""
     fields = _stat_fields(pid)
     return int(fields[19]) if fields else None
+
+
+def ticks_since_boot() -> int:
+    """Now, in the clock ticks that `start_ticks` counts in; 0 where there is no such clock."""
+    clock = getattr(time, "CLOCK_BOOTTIME", None)
+    return 0 if clock is None else int(time.clock_gettime(clock) * _TICKS_PER_S)
 
 
 def signal_name(number: int) -> str:

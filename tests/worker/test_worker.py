@@ -206,14 +206,18 @@ def test_a_helper_that_ends_by_itself_is_not_mentioned(spec: Make) -> None:
 
 
 def test_start_process_and_end_are_recorded(spec: Make, tmp_path: Path) -> None:
-    unit = spec(f'cp -r {tmp_path}/evidence {tmp_path}/seen; echo "{{}}" > "$4"')
+    unit = spec(
+        f'cut -d" " -f22 /proc/$$/stat > {tmp_path}/ticks; '
+        f'cp -r {tmp_path}/evidence {tmp_path}/seen; echo "{{}}" > "$4"'
+    )
 
     result = run_unit(unit)
 
     start, process, end = records(unit)
     assert start["worker"]["pid"] == os.getpid()
     assert process["pid"] == result.pid
-    assert process["start_ticks"] > 0
+    first, last = process["start_ticks"]
+    assert first <= int((tmp_path / "ticks").read_text()) <= last
     assert end["result"]["returncode"] == 0
     assert end["result"]["output"] == {"json": "{}\n"}
     [seen] = (tmp_path / "seen").iterdir()
