@@ -132,5 +132,9 @@ class Dispatch:
 def _ended(unit: Unit, future: Future[UnitResult]) -> Ended:
     if future.cancelled():
         return Ended(unit, None, CancelledError())
-    error = future.exception()
-    return Ended(unit, None, error) if error is not None else Ended(unit, future.result(), None)
+    if (error := future.exception()) is not None:
+        return Ended(unit, None, error)
+    result: object = future.result()
+    if isinstance(result, UnitResult):
+        return Ended(unit, result, None)
+    return Ended(unit, None, TypeError(f"the executor returned {result!r:.200} instead of the unit's result"))

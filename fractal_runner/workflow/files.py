@@ -117,8 +117,8 @@ def write_file(path: Path, parts: Iterator[str]) -> None:
     except BaseException as error:
         with suppress(OSError):
             beside.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # write(2) knows only the descriptor
+        if isinstance(error, OSError):
+            error.filename = str(path)  # not the file beside it, nor nothing, as write(2) has it
         raise
 
 

@@ -8,8 +8,9 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import sys
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Iterator, List, Optional
 
 MANIFEST = "__FRACTAL_MANIFEST__.json"
 
@@ -42,7 +43,8 @@ def _manifest_path(distribution: importlib.metadata.Distribution, name: str) -> 
                 return path
     # An editable install lists no files of the package: ask where its modules would be imported from.
     top_level = (distribution.read_text("top_level.txt") or "").split()
-    for module in [*top_level, name.replace("-", "_").replace(".", "_"), name.replace("-", "_").lower()]:
+    likely = re.sub(r"[-_.]+", "_", name)
+    for module in [*top_level, likely, likely.lower()]:
         try:
             spec = importlib.util.find_spec(module)
         except (ImportError, ValueError):
@@ -51,7 +53,19 @@ def _manifest_path(distribution: importlib.metadata.Distribution, name: str) -> 
             path = os.path.join(folder, MANIFEST)
             if os.path.exists(path):
                 return path
-    return None
+    # Its modules may be called otherwise: look through the folders that it puts on sys.path.
+    nearby = list(_manifests_below_pth(distribution))
+    return nearby[0] if len(nearby) == 1 else None
+
+
+def _manifests_below_pth(distribution: importlib.metadata.Distribution) -> Iterator[str]:
+    for file in distribution.files or ():
+        if file.name.endswith(".pth") and os.path.exists(str(distribution.locate_file(file))):
+            for folder in file.read_text().splitlines():
+                for module in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+                    path = os.path.join(folder, module, MANIFEST)
+                    if os.path.exists(path):
+                        yield path
 
 
 if __name__ == "__main__":

@@ -1,0 +1,178 @@
+"""The caller's event loop during a run: free, and told what happens, in order, on its own thread."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from fractal_runner import (
+    Event,
+    Task,
+    TaskExecutionError,
+    TaskFinished,
+    TaskProgress,
+    TaskStarted,
+    UnitFinished,
+    process_workflow,
+)
+
+
+async def test_a_ticker_stays_on_time_with_ten_thousand_units_in_flight(run: Any, images: Any) -> None:
+    def nothing(*, zarr_url: str) -> None: ...
+
+    late: list[float] = []
+
+    async def tick() -> None:
+        while True:
+            due = time.perf_counter() + 0.01
+            await asyncio.sleep(0.01)
+            late.append(time.perf_counter() - due)
+
+    ticker = asyncio.ensure_future(tick())
+    after = await run(
+        Task(name="F", function_parallel=nothing, output_types={"t": True}),
+        dataset=images(10_000),
+        max_in_flight=10_000,
+        executor=("thread", {"max_workers": 4}),
+    )
+    ticker.cancel()
+
+    assert sum(image.types == {"t": True} for image in after.images) == 10_000
+    assert sorted(late)[int(len(late) * 0.99)] < 0.5  # the real figure is a benchmark's
+
+
+async def test_a_slow_listener_does_not_hold_the_loop_in_one_turn(run: Any, images: Any) -> None:
+    def nothing(*, zarr_url: str) -> None: ...
+
+    turns = 0
+    ended = 0
+
+    async def tick() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    def on_event(event: Event) -> None:
+        nonlocal ended
+        ended += isinstance(event, UnitFinished)
+        time.sleep(0.002)
+
+    ticker = asyncio.ensure_future(tick())
+    await run(Task(name="F", function_parallel=nothing), dataset=images(300), on_event=on_event)
+    ticker.cancel()
+
+    assert ended == 300  # all of them before the call returns
+    assert turns > 50
+
+
+async def test_events_come_in_order_on_the_loops_thread(
+    run: Any, parallel: Any, script: Any, images: Any
+) -> None:
+    events: list[Event] = []
+    threads = set()
+
+    def on_event(event: Event) -> None:
+        events.append(event)
+        threads.add(threading.get_ident())
+
+    with pytest.raises(TaskExecutionError):
+        await run(
+            parallel(name="First"),
+            parallel(script("sys.exit(number)"), name="Second"),
+            dataset=images(2),
+            on_event=on_event,
+        )
+
+    assert threads == {threading.get_ident()}
+    told = [event for event in events if not isinstance(event, TaskProgress)]
+    assert [(type(event), event.order) for event in told] == [
+        (TaskStarted, 0),
+        *[(UnitFinished, 0)] * 2,
+        (TaskFinished, 0),
+        (TaskStarted, 1),
+        *[(UnitFinished, 1)] * 2,
+        (TaskFinished, 1),
+    ]
+    assert told[0] == TaskStarted(order=0, task_name="First", images=2)
+    assert [event.succeeded for event in told if isinstance(event, TaskFinished)] == [True, False]
+    failed = [event for event in told if isinstance(event, UnitFinished) and not event.succeeded]
+    assert [(event.stage, event.index, event.zarr_url) for event in failed] == [("par", 1, "/z/1")]
+    assert "exit code 1" in failed[0].message
+    assert failed[0].seconds is not None
+    last = [event for event in events if isinstance(event, TaskProgress) and event.order == 1][-1]
+    assert (last.units, last.done, last.failed, last.running) == (2, 1, 1, 0)
+
+
+@pytest.mark.parametrize("exception", [ValueError, asyncio.CancelledError, GeneratorExit])
+async def test_what_a_listener_raises_is_logged_and_harmless(
+    run: Any, parallel: Any, caplog: pytest.LogCaptureFixture, exception: type[BaseException]
+) -> None:
+    seen: list[Event] = []
+
+    def on_event(event: Event) -> None:
+        seen.append(event)
+        raise exception("a bad listener")
+
+    after = await asyncio.wait_for(
+        run(parallel(output_types={"t": True}), on_event=on_event, logger_name="mine"), 60
+    )
+
+    assert after.images[0].types == {"t": True}
+    assert isinstance(seen[-1], TaskFinished)
+    records = [record for record in caplog.records if "on_event raised" in record.getMessage()]
+    assert len(records) == len(seen)
+    assert {record.name for record in records} == {"mine"}
+
+
+async def test_runs_go_on_side_by_side_on_one_loop_and_one_pool(
+    run: Any, parallel: Any, images: Any, tmp_path: Any
+) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        results = await asyncio.gather(
+            *(
+                run(
+                    parallel(output_types={f"t{number}": True}),
+                    dataset=images(3),
+                    workflow_dir_local=tmp_path / f"run{number}",
+                    executor=pool,
+                )
+                for number in range(4)
+            )
+        )
+
+    assert [result.images[0].types for result in results] == [{f"t{number}": True} for number in range(4)]
+
+
+def test_a_run_works_in_a_loop_of_a_thread_that_is_not_the_main_one(
+    flow: Any, parallel: Any, images: Any, tmp_path: Any
+) -> None:
+    results = []
+
+    def work() -> None:
+        coroutine = process_workflow(
+            workflow=flow(parallel()), dataset=images(1), workflow_dir_local=tmp_path / "run"
+        )
+        results.append(asyncio.run(coroutine))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(60)
+
+    assert results == [images(1)]
+
+
+async def test_no_thread_of_a_run_is_left_behind(run: Any, parallel: Any) -> None:
+    before = set(threading.enumerate())
+
+    await run(parallel())
+
+    started = set(threading.enumerate()) - before
+    for thread in started:
+        await asyncio.to_thread(thread.join, 10) if thread.name == "run" else None
+    assert not [thread for thread in started if thread.is_alive() and not thread.name.startswith("asyncio")]
