@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pickle
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -564,3 +565,16 @@ async def test_a_disk_that_fills_up_fails_the_units_it_could_not_hold(tmp_path: 
         await process_workflow(workflow=flow(task), dataset=images(20), workflow_dir_local=place / "run")
 
     assert "args.json" in " ".join(map(str, caught.value.failures)) or "dataset.json" in str(caught.value)
+
+
+async def test_a_directory_that_was_removed_serves_another_run_of_the_same_workers(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(1) as executor:
+        for _ in range(2):
+            await process_workflow(
+                workflow=flow(parallel("true")),
+                dataset=images(1),
+                workflow_dir_local=tmp_path / "run",
+                executor=executor,
+            )
+            assert len(list((tmp_path / "run" / "evidence").iterdir())) == 1
+            shutil.rmtree(tmp_path / "run")

@@ -19,7 +19,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from fractal_runner.worker import processes
-from fractal_runner.worker.evidence import Ledger, own_identity, own_ledger
+from fractal_runner.worker.evidence import Ledger, own_ledger
 from fractal_runner.worker.function import call_function
 from fractal_runner.worker.processes import Child
 from fractal_runner.worker.spec import (
@@ -64,8 +64,8 @@ def run_unit(spec: UnitSpec) -> UnitResult:
     if stop.asked():
         return _not_started(spec, CANCELLED, "The run was stopped before this unit started.")
     try:
-        ledger = own_ledger(f"{spec.run_dir}/{EVIDENCE_DIR}")
-        ledger.append({"kind": "start", "key": spec.key, "time": time.time(), "worker": own_identity()})
+        ledger = own_ledger(f"{spec.run_dir}/{EVIDENCE_DIR}", spec.run_id)
+        ledger.append({"kind": "start", "key": spec.key, "time": time.time()})
     except OSError as error:
         return _not_started(spec, LAUNCH_FAILED, f"Cannot record the start of the unit: {error}.")
     if spec.command is not None:
@@ -290,7 +290,7 @@ def _not_executed(spec: UnitSpec, word: str, error: OSError, started: float) -> 
 def _record_process(ledger: Ledger, spec: UnitSpec, pid: int, since: int) -> str | None:
     """Record the identity of the unit's process; why it could not be, if so."""
     try:
-        # On the host and since the boot that the record of the start names. That it started between two
+        # On the host and since the boot that the ledger's first record names. That it started between two
         # ticks of the clock tells it from any other process of this pid, and costs no look at /proc.
         ticks = [since, processes.ticks_since_boot()]
         ledger.append({"kind": "process", "key": spec.key, "pid": pid, "start_ticks": ticks})

@@ -65,18 +65,22 @@ class Ledger:
         self.close()  # with the thread that it belongs to
 
 
-def own_ledger(directory: str) -> Ledger:
-    """The ledger of this worker (this thread of this process) in `directory`.
+def own_ledger(directory: str, run_id: str) -> Ledger:
+    """The ledger of this worker (this thread of this process) for a run, in `directory`.
 
-    It stays open until the worker serves another directory or ends: a worker holds one file at most.
+    It stays open until the worker serves another run or ends: a worker holds one file at most. Each
+    time it is opened, a record says who the worker is that writes what follows.
     """
     ledger: Ledger | None = getattr(_local, "ledger", None)
-    place = directory, os.getpid()
+    place = directory, run_id, os.getpid()
     if ledger is not None and _local.place == place:
         return ledger
     if ledger is not None:
+        _local.ledger = None
         ledger.close()
-    _local.ledger = ledger = Ledger(f"{directory}/{_file_name()}")
+    ledger = Ledger(f"{directory}/{_file_name()}")
+    ledger.append({"kind": "worker", **own_identity()})
+    _local.ledger = ledger
     _local.place = place
     return ledger
 

@@ -136,7 +136,8 @@ def _normal(name: str) -> str:
 def _interpreter(task_env: str | os.PathLike[str]) -> str:
     """The interpreter's absolute path. Never resolved: a virtual environment's is a symbolic link."""
     given = os.fspath(task_env)
-    found = shutil.which(given) if "/" not in given else given
+    # A word is a program's name, unless it is a folder here: "env" is both.
+    found = shutil.which(given) if "/" not in given and not Path(given).is_dir() else given
     path = Path(os.path.abspath(found or given))  # noqa: PTH100 - Path.resolve would follow the link
     if path.is_dir():
         path = path / "bin" / "python"

@@ -121,7 +121,6 @@ class Run:
             ),
         )
         for task, stages_of_task in zip(self._tasks, stages, strict=True):
-            self._raise_if_cancelled()
             images = self._run_task(task, stages_of_task, images, types)
             types = plan.filters_after(task, plan.filters_for(task, types))
             self._write_state(images, types)
@@ -196,12 +195,14 @@ class Run:
         began = time.monotonic()
         in_force = plan.filters_for(task, types)
         selected = plan.select(task, images, in_force, self._attribute_filters)
-        if not selected and not task.task.is_converter:
+        count = None if task.task.is_converter else len(selected)
+        # Whatever ends the run from here on, it is this task that a new run has to begin with.
+        self._tell(TaskStarted(_order(task), task.task.name, count))
+        self._raise_if_cancelled()
+        if count == 0:
             error = JobExecutionError(plan.no_images(task, in_force, self._attribute_filters))
             self._fail(task, error, images, types)
-        count = None if task.task.is_converter else len(selected)
         self._logger.info("%s begins%s", title(task), "" if count is None else f" with {count} image(s)")
-        self._tell(TaskStarted(_order(task), task.task.name, count))
         try:
             outcome = self._run_stages(stages, selected)
         except (TaskExecutionError, JobExecutionError) as error:

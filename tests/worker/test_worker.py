@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import pickle
 import shlex
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable
-from dataclasses import replace
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -213,15 +214,17 @@ def test_start_process_and_end_are_recorded(spec: Make, tmp_path: Path) -> None:
 
     result = run_unit(unit)
 
-    start, process, end = records(unit)
-    assert start["worker"]["pid"] == os.getpid()
+    worker, start, process, end = records(unit)
+    assert worker["pid"] == os.getpid()
+    assert worker["start_ticks"] == processes.start_ticks(os.getpid())
+    assert start["key"] == unit.key
     assert process["pid"] == result.pid
     first, last = process["start_ticks"]
     assert first <= int((tmp_path / "ticks").read_text()) <= last
     assert end["result"]["returncode"] == 0
     assert end["result"]["output"] == {"json": "{}\n"}
     [seen] = (tmp_path / "seen").iterdir()
-    assert next(iter(read_ledger(seen)))["kind"] == "start"
+    assert [record["kind"] for record in read_ledger(seen)] == ["worker", "start", "process"]
 
 
 def test_large_output_is_recorded_by_its_checksum(spec: Make) -> None:
@@ -309,7 +312,9 @@ def test_a_function_that_loops_in_another_process_is_stopped_by_an_exception(spe
         while True:
             pass
 
-    result = run_unit(replace(spec(function=loop, timeout_s=0.1), coordinator=("elsewhere", 1)))
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        result = pool.submit(run_unit, spec(function=loop, timeout_s=0.1)).result(60)
+        assert pool.submit(len, "ab").result(60) == 2
 
     assert (result.reason, result.signal) == ("TIMEOUT", "SIGTERM")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import multiprocessing
 import os
 import threading
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from fractal_runner import Image, JobExecutionError, Task, WorkflowTask
+from fractal_runner import Image, JobExecutionError, Task, TaskFinished, TaskStarted, WorkflowTask
 from fractal_runner.workflow import run as run_module
 
 GRACE_S = 0.5
@@ -307,3 +308,26 @@ async def test_an_executor_that_never_answers_is_given_up(
         await call
 
     assert "unit 0 is left running" in caplog.text
+
+
+async def test_a_task_is_announced_before_the_run_looks_whether_it_was_cancelled(
+    run: Any, parallel: Any, tmp_path: Path
+) -> None:
+    orders: list[int] = []
+    calls: list[asyncio.Future[Any]] = []
+
+    def on_event(event: object) -> None:
+        if isinstance(event, TaskStarted):
+            orders.append(event.order)
+        if isinstance(event, TaskFinished):
+            calls[0].cancel()
+
+    calls.append(
+        asyncio.ensure_future(run(parallel(output_types={"a": True}), *[parallel()] * 50, on_event=on_event))
+    )
+    with pytest.raises(asyncio.CancelledError):
+        await calls[0]
+
+    state = json.loads((tmp_path / "run" / "dataset.json").read_text())
+    assert orders[-1] >= 1  # task 0 is done, and what it did is in the dataset: it is not to run again
+    assert state["images"][0]["types"] == {"a": True}

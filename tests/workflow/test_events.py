@@ -12,6 +12,7 @@ import pytest
 
 from fractal_runner import (
     Event,
+    JobExecutionError,
     Task,
     TaskExecutionError,
     TaskFinished,
@@ -107,6 +108,20 @@ async def test_events_come_in_order_on_the_loops_thread(
     assert failed[0].seconds is not None
     last = [event for event in events if isinstance(event, TaskProgress) and event.order == 1][-1]
     assert (last.units, last.done, last.failed, last.running) == (2, 1, 1, 0)
+
+
+async def test_a_task_that_gets_no_images_has_been_announced_all_the_same(run: Any, parallel: Any) -> None:
+    started: list[Event] = []
+
+    with pytest.raises(JobExecutionError, match="empty image list"):
+        await run(
+            parallel(),
+            parallel(name="Second", input_types={"x": True}),
+            on_event=lambda event: started.append(event) if isinstance(event, TaskStarted) else None,
+        )
+
+    # A new run begins with the last one that was announced.
+    assert started[-1] == TaskStarted(order=1, task_name="Second", images=0)
 
 
 @pytest.mark.parametrize("exception", [ValueError, asyncio.CancelledError, GeneratorExit])
