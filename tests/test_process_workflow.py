@@ -496,7 +496,7 @@ async def test_conflicting_filters_are_found_before_anything_runs(tmp_path: Path
 async def test_a_program_that_is_not_there_is_named_before_any_unit_starts(tmp_path: Path) -> None:
     with pytest.raises(TaskExecutionError, match="'no-such-program' of command_parallel cannot be executed"):
         await process_workflow(
-            workflow=flow(parallel(f"touch {tmp_path}/ran"), parallel("no-such-program -x")),
+            workflow=flow(parallel(sh(f"touch {tmp_path}/ran")), parallel("no-such-program -x")),
             dataset=images(1),
             workflow_dir_local=tmp_path / "run",
         )

@@ -214,7 +214,9 @@ def _check_arguments(
         )
     if on_failure not in ("continue", "stop"):
         raise ValueError(f"on_failure={on_failure!r} is neither 'continue' nor 'stop'")
-    if max_in_flight is not None and (not isinstance(max_in_flight, int) or max_in_flight < 1):
+    if max_in_flight is not None and (
+        isinstance(max_in_flight, bool) or not isinstance(max_in_flight, int) or max_in_flight < 1
+    ):
         raise ValueError(f"max_in_flight={max_in_flight!r} is not a whole number of at least 1")
     if isinstance(grace_s, bool) or not isinstance(grace_s, (int, float)) or not 0 <= grace_s < float("inf"):
         raise ValueError(f"grace_s={grace_s!r} is not a number of seconds")

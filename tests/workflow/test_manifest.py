@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import venv
 from pathlib import Path
@@ -143,37 +142,6 @@ def test_another_environment_is_asked_through_its_own_interpreter(environment: P
     assert load_workflow(path, task_env=python).task_list[0].task.name == "Convert"
     with pytest.raises(InputFileError, match="is not installed"):
         load_workflow(path)
-
-
-def test_an_editable_install_is_found(environment: Path, tmp_path: Path) -> None:
-    project = tmp_path / "editable"
-    root = install(project / "src").parent / "my_tasks"
-    (project / "src" / "my_tasks-1.2.dist-info").rename(tmp_path / "not part of it")
-    (root / "__init__.py").touch()
-    (project / "pyproject.toml").write_text(
-        '[build-system]\nrequires = ["hatchling", "editables"]\nbuild-backend = "hatchling.build"\n'
-        '[project]\nname = "editable-tasks"\nversion = "3.0"\n'
-        '[tool.hatch.build.targets.wheel]\npackages = ["src/my_tasks"]\n'
-        '[tool.hatch.build]\ndev-mode-dirs = ["src"]\n'
-    )
-    (project / "src" / "my_tasks").rename(project / "src" / "editable_tasks")
-    text = (project / "pyproject.toml").read_text().replace("src/my_tasks", "src/editable_tasks")
-    (project / "pyproject.toml").write_text(text)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--python",
-        str(environment / "bin" / "python"),
-        "install",
-        "--quiet",
-    ]
-    subprocess.run([*command, "--no-deps", "--editable", str(project)], check=True, timeout=250)
-
-    task = find_task(find_packages(environment), "editable-tasks", "3.0", "Convert")
-
-    assert task.command_non_parallel is not None
-    assert task.command_non_parallel.endswith(f"{project}/src/editable_tasks/tasks/convert.py")
 
 
 def test_an_environment_that_cannot_be_asked_is_named(tmp_path: Path) -> None:
