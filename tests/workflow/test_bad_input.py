@@ -36,7 +36,7 @@ def workflow_of(*tasks: dict[str, Any], **more: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ('{"name": "w",}', "line 1, column 14: not valid JSON"),
+        ('{"name": "w" "v"}', "line 1, column 14: not valid JSON"),
         ("", "line 1, column 1: not valid JSON"),
         ("[]", "a workflow is a JSON object, and this is an array"),
         ('{"name": "w", "name": "v", "task_list": []}', "the key 'name' stands twice in one object"),
