@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import signal
 import stat
 import threading
 import time
@@ -22,6 +21,7 @@ from fractal_runner.worker import processes
 from fractal_runner.worker.evidence import Ledger, own_ledger
 from fractal_runner.worker.function import call_function
 from fractal_runner.worker.processes import Child
+from fractal_runner.worker.spawn import WRITE_LOG, Environment, spawn
 from fractal_runner.worker.spec import (
     CANCELLED,
     LAUNCH_FAILED,
@@ -37,15 +37,13 @@ LOG_TAIL_CHARS = 20_000
 MARK_VARIABLE = "FRACTAL_RUNNER_UNIT"
 
 _INLINE_OUTPUT_CHARS = 65_536
+_BRIEF_S = 0.01
 _FIRST_SAMPLE_S = 0.05
 _LEFTOVER_GRACE_S = 2.0
 _KILL_WAIT_S = 10.0
 _RECORDED = tuple(field.name for field in fields(UnitResult) if field.name not in ("key", "output"))
 _local = threading.local()
 _encode = json.JSONEncoder(allow_nan=False).encode
-# What the interpreter ignores, and what a worker may: a command starts with the system's defaults.
-_DEFAULT_SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_WRITE_LOG = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC
 # The shell's codes (POSIX, XCU 2.8.2): 127 for a command that is not there, 126 for one that is but
 # cannot be executed.
 _EXEC_CODES = {
@@ -115,27 +113,14 @@ def _run_command(
     started = time.time()
     since = processes.ticks_since_boot()
     try:
-        # Half the price of subprocess.Popen, which encodes the environment anew each time. Descriptors
-        # of ours are closed on exec, as Python opens them.
-        child = Child(
-            os.posix_spawnp(
-                command[0],
-                [*command, "--args-json", spec.args_file, "--out-json", spec.out_file],
-                _environment(spec, mark),
-                file_actions=[
-                    (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-                    (os.POSIX_SPAWN_OPEN, 1, spec.log_file, _WRITE_LOG & ~os.O_CLOEXEC, 0o644),
-                    (os.POSIX_SPAWN_DUP2, 1, 2),
-                ],
-                setpgroup=0,
-                setsigmask=(),
-                setsigdef=_DEFAULT_SIGNALS,
-            )
-        )
+        environment = _environment(spec)
+        child = Child(spawn([*command, *spec.file_options], environment, spec.key.encode(), spec.log_file))
     except OSError as error:
         return _not_executed(spec, command[0], error, started), None
     try:
-        note = _record_process(ledger, spec, child.pid, since)
+        # Most of what is over at once need not be found by anybody; its mark tells it all the same.
+        brief = child.wait(_BRIEF_S)
+        note = None if brief else _record_process(ledger, spec, child.pid, since)
         reason, message, peak = _watch(spec, stop, child, mark)
     except BaseException:
         # Ctrl-C in a pool's worker: what was started here is not left behind.
@@ -236,7 +221,7 @@ def _run_function(spec: UnitSpec, stop: StopRequest) -> tuple[UnitResult, str | 
             result = replace(result, output=None, output_error=reason)
     if not result.succeeded and result.log_tail:
         try:
-            fd = os.open(spec.log_file, _WRITE_LOG, 0o644)
+            fd = os.open(spec.log_file, WRITE_LOG, 0o644)
         except OSError as error:
             return _with_note(result, f"Its log could not be written: {error}."), text
         try:
@@ -266,7 +251,7 @@ def _not_started(spec: UnitSpec, reason: str, message: str) -> UnitResult:
 def _not_executed(spec: UnitSpec, word: str, error: OSError, started: float) -> UnitResult:
     """The system refused to start the command: the task's fault if the command is, else the node's."""
     try:  # the child opens the log, and what fails there looks as if the command had
-        os.close(os.open(spec.log_file, _WRITE_LOG, 0o644))
+        os.close(os.open(spec.log_file, WRITE_LOG, 0o644))
     except OSError as log_error:
         return _not_started(spec, LAUNCH_FAILED, f"Cannot write the unit's files: {log_error}.")
     if error.errno not in _EXEC_CODES:
@@ -319,20 +304,17 @@ def _with_note(result: UnitResult, note: str) -> UnitResult:
     return replace(result, message=f"{result.message} {note}" if result.message else note)
 
 
-def _environment(spec: UnitSpec, mark: bytes) -> dict[bytes, bytes]:
+def _environment(spec: UnitSpec) -> Environment:
     """The unit's environment: that of the worker when it met the run, and the unit's mark.
 
-    As bytes and kept for the run's next unit, because to copy `os.environ` takes longer than to start a
-    small command.
+    Kept for the run's next unit in this thread: to copy `os.environ` takes longer than to start a small
+    command.
     """
-    environment: dict[bytes, bytes]
-    run, environment = getattr(_local, "environment", (None, {}))
-    if run != (spec.run_id, spec.env):
+    run, environment = getattr(_local, "environment", (None, None))
+    if environment is None or run != (spec.run_id, spec.env):
         added = {os.fsencode(name): os.fsencode(value) for name, value in spec.env}
-        environment = {**os.environb, **added}
+        environment = Environment({**os.environb, **added}, MARK_VARIABLE.encode())
         _local.environment = (spec.run_id, spec.env), environment
-    variable, _, key = mark.partition(b"=")
-    environment[variable] = key  # the thread's own, and Popen copies it
     return environment
 
 

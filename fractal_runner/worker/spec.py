@@ -61,6 +61,11 @@ class UnitSpec:
         return f"{self.folder}/{self.prefix}-metadiff.json"
 
     @property
+    def file_options(self) -> tuple[str, str, str, str]:
+        """What is added to the words of its command."""
+        return ("--args-json", self.args_file, "--out-json", self.out_file)
+
+    @property
     def log_file(self) -> str:
         return f"{self.folder}/{self.prefix}-log.txt"
 

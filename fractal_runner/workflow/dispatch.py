@@ -19,6 +19,8 @@ DEFAULT_WINDOW = 1000
 _BATCH = 256
 _TICK_S = 0.2
 _BREATHER = 64
+_MANY = 64
+_GATHER_S = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +120,10 @@ class Dispatch:
         batch: list[Ended] = []
         try:
             future = self._ended.get(timeout=_TICK_S)
+            if len(self._in_flight) > _MANY:
+                # Each time this thread wakes, a worker waits for the interpreter: a few units together
+                # cost the workers half of what they cost one by one, and the window keeps them busy.
+                time.sleep(_GATHER_S)
             while True:
                 if future is not None and (unit := self._in_flight.pop(future, None)) is not None:
                     batch.append(_ended(unit, future))

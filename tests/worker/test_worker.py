@@ -209,7 +209,7 @@ def test_a_helper_that_ends_by_itself_is_not_mentioned(spec: Make) -> None:
 def test_start_process_and_end_are_recorded(spec: Make, tmp_path: Path) -> None:
     unit = spec(
         f'cut -d" " -f22 /proc/$$/stat > {tmp_path}/ticks; '
-        f'cp -r {tmp_path}/evidence {tmp_path}/seen; echo "{{}}" > "$4"'
+        f'sleep 0.1; cp -r {tmp_path}/evidence {tmp_path}/seen; echo "{{}}" > "$4"'
     )
 
     result = run_unit(unit)
