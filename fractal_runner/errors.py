@@ -136,6 +136,20 @@ class JobExecutionError(_UnitError):
         return "\n\n".join(parts)
 
 
+class ExecutorError(RuntimeError):
+    """What a call was given, returned or raised could not be carried between processes.
+
+    Attributes:
+        type_name: qualified name of the type in question, "" if unknown.
+        remote_traceback: where the call raised, as text; "" if it did not raise.
+    """
+
+    def __init__(self, message: str = "", *, type_name: str = "", remote_traceback: str = "") -> None:
+        super().__init__(message)
+        self.type_name = type_name
+        self.remote_traceback = remote_traceback
+
+
 class TaskOutputValidationError(TaskExecutionError, ValueError):
     """What a task wrote, or what its units wrote together, is not valid output."""
 

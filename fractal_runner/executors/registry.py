@@ -15,16 +15,10 @@ from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from typing import Any
 
 from fractal_runner.errors import did_you_mean
+from fractal_runner.executors.cpus import usable_cpus
 
 ExecutorChoice = Executor | type[Executor] | str | tuple[str, Mapping[str, Any]] | None
 DEFAULT = "thread"
-
-
-def usable_cpus() -> int:
-    """CPUs that this process may use: fewer than the machine has in a container or a job."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _thread(*, max_workers: int | None = None) -> Executor:

@@ -117,6 +117,7 @@ def _run_command(
         child = Child(spawn([*command, *spec.file_options], environment, spec.key.encode(), spec.log_file))
     except OSError as error:
         return _not_executed(spec, command[0], error, started), None
+    processes.note_command(child.pid)
     try:
         # Most of what is over at once need not be found by anybody; its mark tells it all the same.
         brief = child.wait(_BRIEF_S)
@@ -127,6 +128,7 @@ def _run_command(
         processes.end_group(child, mark, spec.grace_s)
         raise
     finally:
+        processes.note_command(None)
         child.close()
     code = child.returncode
     output, output_error, text = _read_output(spec.out_file) if code == 0 else (None, None, None)

@@ -78,11 +78,26 @@ def own_ledger(directory: str, run_id: str) -> Ledger:
     if ledger is not None:
         _local.ledger = None
         ledger.close()
-    ledger = Ledger(f"{directory}/{_file_name()}")
+    ledger = Ledger(f"{directory}/{own_file_name()}")
     ledger.append({"kind": "worker", **own_identity()})
     _local.ledger = ledger
     _local.place = place
     return ledger
+
+
+def own_file_name() -> str:
+    """The name of this worker's ledgers, for one that takes its place in another process."""
+    return getattr(_local, "file_name", None) or _file_name()
+
+
+def go_on_as(file_name: str) -> None:
+    """Let this thread append to the ledgers of the worker whose process it replaces.
+
+    So there is one file per slot of an executor that has a new process for each of its calls.
+    """
+    _local.ledger = None  # one inherited through a fork is the parent's to close
+    _local.place = None
+    _local.file_name = file_name
 
 
 def frame(payload: bytes) -> bytes:

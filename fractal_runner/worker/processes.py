@@ -13,6 +13,7 @@ import resource
 import select
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -143,6 +144,22 @@ def group_is_empty(group: int) -> bool:
     return not _signal_group(group, 0) or not group_members(group)
 
 
+def note_command(pid: int | None) -> None:
+    """Tell that this thread now waits for the command `pid`; for none any more, if None."""
+    if pid is None:
+        _commands.pop(threading.get_ident(), None)
+    else:
+        _commands[threading.get_ident()] = pid
+
+
+def commands_of_threads() -> dict[int, int]:
+    """The commands that threads of this process wait for: thread ident -> pid."""
+    return dict(_commands)
+
+
+_commands: dict[int, int] = {}
+
+
 def end_group(leader: Child, mark: bytes, grace_s: float) -> None:
     """End a process group and what has left it: TERM, a grace time, KILL.
 
@@ -181,6 +198,36 @@ def end_descendants(pid: int, grace_s: float) -> None:
     while any(map(is_running, children)) and time.monotonic() < deadline:
         time.sleep(_PAUSE_S)
     _signal_each({*children, *descendants(pid)}, signal.SIGKILL)
+
+
+def end_tree(pid: int, grace_s: float) -> None:
+    """End `pid`, its process group if it leads one, and what they started: TERM, a grace time, KILL.
+
+    The process itself is not reaped; that is its parent's to do.
+    """
+    known: dict[int, int | None] = {}
+
+    def alive() -> list[int]:
+        """Those that run, and what they have started since."""
+        for member in [
+            pid,
+            *group_members(pid),
+            *(found for old in list(known) for found in descendants(old)),
+        ]:
+            known.setdefault(member, start_ticks(member))
+        return [one for one, ticks in known.items() if is_running(one) and start_ticks(one) == ticks]
+
+    known[pid] = start_ticks(pid)
+    if grace_s > 0:
+        _signal_each(alive(), signal.SIGTERM)
+        deadline = time.monotonic() + grace_s
+        while alive() and time.monotonic() < deadline:
+            time.sleep(_PAUSE_S)
+    for _ in range(100):
+        if not (left := alive()):
+            return
+        _signal_each(left, signal.SIGKILL)
+        time.sleep(_PAUSE_S)
 
 
 class Child:

@@ -1,0 +1,1 @@
+"""Executors on this machine: one dispatcher, four kinds of worker, and one without either."""

@@ -1,0 +1,320 @@
+"""What runs in a worker process: it takes calls off a connection and reports how they ended.
+
+A worker process must start fast, so this module and what it imports are few. Messages are a byte that
+tells their kind and a pickle. To the worker: `CALL`, and before it, where something has changed,
+`SETTINGS`. From it: `STARTED`, any number of `LOG`, and one of `RESULT`, `RAISED` or `FAILED` per call.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import DupFd
+from typing import Any
+
+import cloudpickle
+
+from fractal_runner.executors.calls import Call, CallOptions
+from fractal_runner.worker import evidence
+
+CALL, SETTINGS = b"C", b"S"
+STARTED, LOG, RESULT, RAISED, FAILED = b"+", b"L", b"R", b"E", b"F"
+
+_COMM_BYTES = 15  # what Linux keeps of a process's name
+_ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD, signal.SIGALRM)
+
+
+class InheritedFd:
+    """A descriptor that a child process is to have, wherever it is mentioned among what it is given."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _detached, (DupFd(self.fd),)
+
+
+def _detached(duplicate: Any) -> InheritedFd:
+    return InheritedFd(duplicate.detach())
+
+
+Raised = tuple[bytes | None, str, str, str, str]  # pickled or not, module, name, message, traceback
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What a worker process is given at its start.
+
+    Attributes:
+        output: where its standard output and error go.
+        environment: variables that it sets.
+        ledger: the name of the evidence files that its slot writes.
+        inherited: further descriptors that its children need.
+        not_ours: descriptors that a fork has copied and which are the parent's alone.
+    """
+
+    output: InheritedFd
+    environment: Mapping[str, str]
+    ledger: str
+    inherited: tuple[InheritedFd, ...] = ()
+    not_ours: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a worker has to know for the calls that follow.
+
+    Attributes:
+        name: their name.
+        context: the number of the context they see, and its pickle if it is new to the worker.
+        levels: loggers and their levels, "" being the root; None if they are as before.
+    """
+
+    name: str
+    context: tuple[int, bytes | None]
+    levels: Mapping[str, int] | None
+
+
+def serve(connection: Connection, setup: Setup) -> None:
+    """Take calls off the connection until it ends: what a reused worker process does."""
+    reporter = _arrive(connection, setup)
+    contexts: dict[int, Mapping[str, Any]] = {}
+    settings = Settings("", (0, None), None)
+    handler = _Forward(reporter)
+    logging.getLogger().addHandler(handler)
+    reporter.send(STARTED)
+    while True:
+        try:
+            message = memoryview(connection.recv_bytes())
+        except (EOFError, OSError):
+            return  # the executor has closed it, or has died
+        try:
+            if message[:1] == SETTINGS:
+                settings = pickle.loads(message[1:])
+                _settle(settings, contexts)
+                continue
+            fn, args, kwargs = pickle.loads(message[1:])
+        except BaseException as error:
+            # Settings are what a call needs: its own message comes next, and is answered instead.
+            if message[:1] == SETTINGS:
+                _refuse(reporter, connection, error)
+            else:
+                reporter.failed("could not be unpickled in its worker process", error)
+            continue
+        finally:
+            del message
+        call = Call(fn, args, kwargs, options=CallOptions(), context=contexts[settings.context[0]])
+        _do(reporter, call)
+        del fn, args, kwargs, call
+
+
+def run_once(connection: Connection, setup: Setup, call: Call) -> None:
+    """Do one call, which is in this process's memory already: what a forked child does."""
+    reporter = _arrive(connection, setup)
+    handler = _Forward(reporter)
+    for logger in _loggers().values():
+        logger.handlers.clear()  # the parent's; it gets every record, and handles it there
+        logger.propagate = True
+    logging.getLogger().handlers[:] = [handler]
+    bear_name(call.name)
+    reporter.send(STARTED)
+    _do(reporter, call)
+
+
+def levels_in_force() -> dict[str, int]:
+    """The loggers whose level was set, and it; `logging.disable`d levels raise all of them."""
+    disabled = logging.root.manager.disable
+    levels = {"": max(logging.root.level, disabled + 1 if disabled else 0)}
+    for name, logger in _loggers().items():
+        if logger.level:
+            levels[name] = max(logger.level, disabled + 1 if disabled else 0)
+    return levels
+
+
+def bear_name(name: str) -> None:
+    """Let this process, as Python and the system know it, have the name of its call."""
+    multiprocessing.current_process().name = name
+    threading.current_thread().name = name
+    # The name of the file is what counts, so it is no use on macOS.
+    with suppress(OSError):
+        fd = os.open("/proc/self/comm", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(fd, name.encode()[:_COMM_BYTES])
+        finally:
+            os.close(fd)
+
+
+class _Reporter:
+    """The worker's end of the connection, for all of its threads."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._lock = threading.Lock()
+
+    def send(self, kind: bytes, dump: Callable[[io.BytesIO], None] = lambda _: None) -> None:
+        """Send a message. What cannot be pickled raises before anything is sent."""
+        buffer = io.BytesIO()
+        buffer.write(kind)
+        dump(buffer)
+        with self._lock, suppress(OSError):  # whoever was to read it has died; so does this process, soon
+            self._connection.send_bytes(buffer.getbuffer())
+
+    def failed(self, what: str, error: BaseException) -> None:
+        """Report that the call could not be carried here or its result back."""
+        report = what, str(error), type(error).__qualname__, _text_of(error)
+        self.send(FAILED, lambda buffer: pickle.dump(report, buffer))
+
+
+class _Forward(logging.Handler):
+    """Sends records to the executor's process, where they reach the logger of the same name."""
+
+    def __init__(self, reporter: _Reporter) -> None:
+        super().__init__()
+        self._reporter = reporter
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            values = dict(record.__dict__)
+            values["msg"], values["args"] = record.getMessage(), None
+            if record.exc_info:
+                values["exc_text"] = record.exc_text or _formatter.formatException(record.exc_info)
+            values["exc_info"] = None
+            try:
+                data = pickle.dumps(values)
+            except Exception:  # some `extra` that cannot travel: its text can
+                data = pickle.dumps({name: _portable(value) for name, value in values.items()})
+            self._reporter.send(LOG, lambda buffer: _write(buffer, data))
+        except Exception:
+            self.handleError(record)
+
+
+def _arrive(connection: Connection, setup: Setup) -> _Reporter:
+    """Make this process a worker: its own group, its output into the file, no signals of the parent's."""
+    with suppress(OSError):
+        os.setpgid(0, 0)  # a terminal's Ctrl-C is the parent's, and so is what becomes of us then
+    with suppress(ValueError):
+        signal.set_wakeup_fd(-1)  # a forked event loop's: it would tell the parent of our signals
+    signal.signal(signal.SIGINT, _unmoved)  # not SIG_IGN: what we start would ignore it, too
+    for number in _ENDING:
+        if signal.getsignal(number) not in (signal.SIG_DFL, signal.SIG_IGN):
+            signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    for fd in setup.not_ours:
+        os.close(fd)
+    os.environ.update(setup.environment)
+    evidence.go_on_as(setup.ledger)
+    for descriptor in setup.inherited:
+        os.set_inheritable(descriptor.fd, True)
+    _redirect(setup.output.fd)
+    return _Reporter(connection)
+
+
+def _redirect(fd: int) -> None:
+    """Let descriptors 1 and 2, and Python's streams on them, lead to `fd`, a line at a time."""
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    os.close(fd)
+    # A forked child's are the parent's: closed or flushed, they would write its text once more.
+    _former_streams.extend((sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__))
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        stream = os.fdopen(
+            number, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False
+        )
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+
+
+_former_streams: list[Any] = []
+
+
+def _do(reporter: _Reporter, call: Call) -> None:
+    """Do a call and report its end: whatever it raises is its own."""
+    try:
+        result = call.returned()
+    except BaseException as error:
+        _flush()
+        # Without the frames of this module; the caller sees the text as the cause of what it gets.
+        text = _text_of(error.with_traceback(error.__traceback__ and error.__traceback__.tb_next))
+        try:
+            pickled = cloudpickle.dumps(error)
+        except Exception:
+            pickled = None
+        report = pickled, type(error).__module__, type(error).__qualname__, _safe_str(error), text
+        reporter.send(RAISED, lambda buffer: pickle.dump(report, buffer))
+        return
+    _flush()
+    try:
+        reporter.send(RESULT, lambda buffer: cloudpickle.Pickler(buffer).dump(result))
+    except BaseException as error:
+        reporter.failed(f"returned a {type(result).__qualname__}, which cannot be pickled", error)
+
+
+def _refuse(reporter: _Reporter, connection: Connection, error: BaseException) -> None:
+    with suppress(EOFError, OSError):
+        connection.recv_bytes()
+        reporter.failed("was given a context that could not be unpickled in its worker process", error)
+
+
+def _settle(settings: Settings, contexts: dict[int, Mapping[str, Any]]) -> None:
+    number, pickled = settings.context
+    if pickled is not None:
+        contexts[number] = pickle.loads(pickled)
+    if settings.levels is not None:
+        for name, logger in _loggers().items():
+            if name not in settings.levels:
+                logger.setLevel(logging.NOTSET)
+        for name, level in settings.levels.items():
+            logging.getLogger(name or None).setLevel(level)
+    bear_name(settings.name)
+
+
+def _loggers() -> dict[str, logging.Logger]:
+    known = logging.root.manager.loggerDict
+    return {name: logger for name, logger in list(known.items()) if isinstance(logger, logging.Logger)}
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):  # a call may have closed or replaced it
+            stream.flush()
+
+
+def _write(buffer: io.BytesIO, data: bytes) -> None:
+    buffer.write(data)
+
+
+def _portable(value: Any) -> Any:
+    try:
+        pickle.dumps(value)
+    except Exception:
+        return repr(value)
+    return value
+
+
+def _safe_str(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception as another:
+        return f"<its message cannot be made: {type(another).__name__}>"
+
+
+def _text_of(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error)).strip()
+
+
+def _unmoved(number: int, frame: Any) -> None:
+    """What a worker does about Ctrl-C: its executor decides."""
+
+
+_formatter = logging.Formatter()

@@ -1,0 +1,291 @@
+"""The kinds of worker: a thread, a process that is kept, a process for each call."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import cloudpickle
+from loky.backend import get_context
+
+from fractal_runner.errors import ExecutorError, JobExecutionError
+from fractal_runner.executors.base import stopped_error
+from fractal_runner.executors.calls import Call
+from fractal_runner.executors.cpus import thread_variables
+from fractal_runner.executors.local import child
+from fractal_runner.executors.local.dispatcher import Worker
+from fractal_runner.executors.local.forking import ForkProcess
+from fractal_runner.executors.local.peers import NotStartedError, Peer, dump_call, report_end
+from fractal_runner.executors.slots import SlotPool
+from fractal_runner.quantities import format_time
+from fractal_runner.worker import evidence
+
+_PROCESS_START_S = 60.0  # a fresh interpreter, with what it imports from a slow file system
+_FORK_START_S = 10.0
+_LEVELS_EVERY_S = 0.05
+_logger = logging.getLogger("fractal_runner")
+
+
+class ThreadWorker(Worker):
+    """Runs calls in the slot's own thread, under their names.
+
+    Args:
+        leave: what becomes of a call that has exceeded its timeout.
+    """
+
+    def __init__(self, leave: Callable[[Call], None]) -> None:
+        self._leave = leave
+
+    def run(self, call: Call) -> None:
+        thread = threading.current_thread()
+        before, thread.name = thread.name, call.name
+        timer: threading.Timer | None = None
+        if call.options.timeout is not None:
+            timer = threading.Timer(call.options.timeout, self._exceeded, (call,))
+            timer.daemon = True
+            timer.start()
+        try:
+            call.do()
+        finally:
+            if timer is not None:
+                timer.cancel()
+            thread.name = before
+
+    def stop(self, call: Call) -> bool:
+        return False
+
+    def _exceeded(self, call: Call) -> None:
+        if call.fail(timeout_error(call, "a thread cannot be ended, and was left running")):
+            self._leave(call)
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What worker processes of an executor have in common.
+
+    Attributes:
+        context: what is copied to them, as a whole.
+        places: the pool whose places their children may share.
+    """
+
+    context: Mapping[str, Any]
+    places: SlotPool | None = None
+
+    def environment(self, call: Call) -> dict[str, str]:
+        """What is added to the environment of a process that runs `call`."""
+        variables = thread_variables(call.options.cpus)
+        if self.places is not None:
+            variables["MAKEFLAGS"] = self.places.makeflags()
+        return variables
+
+    @property
+    def inherited(self) -> tuple[int, ...]:
+        return () if self.places is None else self.places.inherited
+
+
+class _ProcessWorker(Worker):
+    """Common to workers with processes: one call at a time, to its end, whatever becomes of it.
+
+    The slot's thread owns the peer. `_stopping` is the one thing that others set: the id of the call
+    that is to be ended.
+    """
+
+    def __init__(self, surroundings: Surroundings) -> None:
+        self._surroundings = surroundings
+        self._peer: Peer | None = None
+        self._stopping = 0
+
+    @property
+    def pid(self) -> int | None:
+        peer = self._peer
+        return None if peer is None else peer.pid
+
+    def stop(self, call: Call) -> bool:
+        self._stopping = call.id
+        return True
+
+    def close(self) -> None:
+        self._discard()
+
+    def run(self, call: Call) -> None:
+        try:
+            self._send(call)
+        except (ExecutorError, JobExecutionError, OSError) as error:
+            self._discard()
+            call.fail(error)
+            return
+        assert self._peer is not None
+        deadline = None if call.options.timeout is None else time.monotonic() + call.options.timeout
+        try:
+            message = self._peer.receive(deadline, lambda: self._stopping == call.id)
+        except TimeoutError:
+            self._end(call, timeout_error(call, "its worker process was ended"))
+        except InterruptedError:
+            self._end(call, stopped_error(call))
+        else:
+            if message is not None:
+                call.future.output = self._peer.take_output()
+                report_end(call, message)
+            else:
+                self._end(call, self._peer.death(f"while it ran {call.name!r}"), kill=False)
+
+    @abstractmethod
+    def _send(self, call: Call) -> None:
+        """Get the call to a process. What goes wrong is the call's."""
+
+    def _start(
+        self, make: Callable[..., BaseProcess], target: Callable[..., None], *more: Any, **how: Any
+    ) -> Peer:
+        return Peer(
+            lambda target, args: make(target=target, args=args),
+            target,
+            *more,
+            ledger=evidence.own_file_name(),
+            inherited=self._surroundings.inherited,
+            **how,
+        )
+
+    def _end(self, call: Call, error: BaseException, *, kill: bool = True) -> None:
+        assert self._peer is not None
+        if kill:
+            self._peer.kill()
+        call.future.output = self._peer.take_output()
+        self._discard()
+        call.fail(error)
+
+    def _discard(self) -> None:
+        peer, self._peer = self._peer, None
+        if peer is not None:
+            peer.close()
+
+
+class KeptProcessWorker(_ProcessWorker):
+    """A fresh interpreter that is kept for the calls that follow, until one of them ends it."""
+
+    def __init__(self, surroundings: Surroundings) -> None:
+        super().__init__(surroundings)
+        self._environment: dict[str, str] = {}
+        self._contexts: dict[Any, int] = {}  # by filter: the context's number in the process
+        self._known: tuple[str, int] | None = None  # name and context that were sent last
+        self._levels: dict[str, int] | None = None
+        self._levels_at = 0.0
+        self._root_level = 0
+
+    def _send(self, call: Call) -> None:
+        message = dump_call(call)
+        environment = self._surroundings.environment(call)
+        if self._peer is not None and environment != self._environment:
+            self._discard()  # numerical libraries read it once
+        fresh = self._peer is None
+        if self._peer is None:
+            self._environment = environment
+            self._contexts, self._known, self._levels = {}, None, None
+            self._peer = self._fresh(environment)
+        settings = self._changed_settings(call)
+        try:
+            if settings is not None:
+                self._peer.connection.send_bytes(child.SETTINGS + cloudpickle.dumps(settings))
+            self._peer.connection.send_bytes(message)
+        except OSError:
+            # It died between two calls. This one has not been read: another process can do it.
+            if fresh:
+                raise self._peer.death(f"before it took {call.name!r}") from None
+            self._discard()
+            self._send(call)
+
+    def _fresh(self, environment: dict[str, str]) -> Peer:
+        try:
+            return self._start(
+                get_context("loky").Process,
+                child.serve,
+                environment=environment,
+                start_timeout=_PROCESS_START_S,
+            )
+        except NotStartedError as error:
+            raise JobExecutionError(f"{error}.") from None
+
+    def _changed_settings(self, call: Call) -> child.Settings | None:
+        """What the process does not know yet of what the call needs."""
+        levels = self._changed_levels()
+        chosen = call.options.context_filter
+        pickled = None
+        if chosen not in self._contexts:
+            pickled = _dump_context(call)
+            self._contexts[chosen] = len(self._contexts)
+        known = call.name, self._contexts[chosen]
+        if self._known == known and levels is None:
+            return None
+        self._known = known
+        return child.Settings(call.name, (known[1], pickled), levels)
+
+    def _changed_levels(self) -> dict[str, int] | None:
+        """The levels of loggers, if they have changed. Those other than root's are looked at now and then."""
+        now = time.monotonic()
+        looked = self._levels is not None and now < self._levels_at + _LEVELS_EVERY_S
+        if looked and logging.root.level == self._root_level:
+            return None
+        levels = child.levels_in_force()
+        self._levels_at, self._root_level = now, logging.root.level
+        if levels == self._levels:
+            return None
+        self._levels = levels
+        return levels
+
+
+class SpawnWorker(KeptProcessWorker):
+    """A fresh interpreter for each call."""
+
+    def run(self, call: Call) -> None:
+        super().run(call)
+        self._discard()
+
+
+class ForkWorker(_ProcessWorker):
+    """A fork of this process for each call."""
+
+    def _send(self, call: Call) -> None:
+        for last in (False, True):
+            try:
+                self._peer = self._start(
+                    ForkProcess,
+                    child.run_once,
+                    call,
+                    environment=self._surroundings.environment(call),
+                    start_timeout=_FORK_START_S,
+                    forked=True,
+                )
+                return
+            except NotStartedError as error:
+                # Another thread held a lock when it was forked, and in the child nobody lets go of it.
+                _logger.warning("%s", error)
+                if last:
+                    raise JobExecutionError(f"{error}, twice.") from None
+
+    def run(self, call: Call) -> None:
+        super().run(call)
+        self._discard()
+
+
+def timeout_error(call: Call, what_became_of_it: str) -> TimeoutError:
+    """The error of a call that took too long."""
+    limit = format_time(call.options.timeout or 0)
+    return TimeoutError(
+        f"The call {call.name!r} ran longer than its timeout of {limit}: {what_became_of_it}."
+    )
+
+
+def _dump_context(call: Call) -> bytes:
+    try:
+        pickled: bytes = cloudpickle.dumps(dict(call.options.context_of(call.context)))
+    except Exception as error:
+        raise ExecutorError(
+            f"The context of the call {call.name!r} cannot be sent to a worker process: {error}. "
+            "A context_filter leaves out what cannot, or what the call does not need."
+        ) from error
+    return pickled
