@@ -13,13 +13,25 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from fractal_runner.errors import (
+        ExecutorError,
         InputFileError,
         JobExecutionError,
         TaskExecutionError,
         TaskOutputValidationError,
     )
+    from fractal_runner.executors.base import Executor
+    from fractal_runner.executors.calls import CallOptions, TaskInfo, current_context
+    from fractal_runner.executors.local.executors import (
+        ForkExecutor,
+        ProcessExecutor,
+        SerialExecutor,
+        SpawnExecutor,
+        ThreadExecutor,
+    )
+    from fractal_runner.executors.slots import SlotPool
     from fractal_runner.workflow.events import (
         Event,
+        RunningUnit,
         TaskFinished,
         TaskProgress,
         TaskStarted,
@@ -30,28 +42,51 @@ if TYPE_CHECKING:
     from fractal_runner.workflow.process import process_workflow
 
 __all__ = [
+    "CallOptions",
     "Dataset",
     "Event",
+    "Executor",
+    "ExecutorError",
+    "ForkExecutor",
     "Image",
     "InputFileError",
     "JobExecutionError",
+    "ProcessExecutor",
+    "RunningUnit",
+    "SerialExecutor",
+    "SlotPool",
+    "SpawnExecutor",
     "Task",
     "TaskExecutionError",
     "TaskFinished",
+    "TaskInfo",
     "TaskOutputValidationError",
     "TaskProgress",
     "TaskStarted",
+    "ThreadExecutor",
     "UnitFinished",
     "Workflow",
     "WorkflowTask",
+    "current_context",
     "load_dataset",
     "load_workflow",
     "process_workflow",
 ]
 
 _HOME_OF = {
-    "errors": ("InputFileError", "JobExecutionError", "TaskExecutionError", "TaskOutputValidationError"),
-    "workflow.events": ("Event", "TaskProgress", "TaskFinished", "TaskStarted", "UnitFinished"),
+    "errors": (
+        *("ExecutorError", "InputFileError", "JobExecutionError", "TaskExecutionError"),
+        "TaskOutputValidationError",
+    ),
+    "executors.base": ("Executor",),
+    "executors.calls": ("CallOptions", "TaskInfo", "current_context"),
+    "executors.local.executors": (
+        *("ForkExecutor", "ProcessExecutor", "SerialExecutor", "SpawnExecutor", "ThreadExecutor"),
+    ),
+    "executors.slots": ("SlotPool",),
+    "workflow.events": (
+        *("Event", "RunningUnit", "TaskProgress", "TaskFinished", "TaskStarted", "UnitFinished"),
+    ),
     "workflow.files": ("load_dataset", "load_workflow"),
     "workflow.models": ("Dataset", "Image", "Task", "Workflow", "WorkflowTask"),
     "workflow.process": ("process_workflow",),

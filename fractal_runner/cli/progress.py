@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -19,10 +21,11 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 from rich.text import Text
 
-from fractal_runner.quantities import format_time
-from fractal_runner.workflow.events import Event, TaskFinished, TaskProgress, TaskStarted
+from fractal_runner.quantities import format_size, format_time
+from fractal_runner.workflow.events import Event, RunningUnit, TaskFinished, TaskProgress, TaskStarted
 
 _LINE_EVERY_S = 10.0
 
@@ -45,9 +48,10 @@ class _Rate(ProgressColumn):
 
 
 class _Bars:
-    """One bar per command of a task: done, failed, running, rate, time left."""
+    """One bar per command of a task: done, failed, running, rate, time left; below, what runs now."""
 
     def __init__(self, console: Console) -> None:
+        self._console = console
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -60,13 +64,15 @@ class _Bars:
             console=console,
         )
         self._bars: dict[tuple[int, str], TaskID] = {}
+        self._live = Live(self._progress, console=console, refresh_per_second=5)
 
     def __enter__(self) -> _Bars:
-        self._progress.start()
+        self._live.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._progress.stop()
+        self._live.update(self._progress)
+        self._live.stop()
 
     def show(self, event: Event) -> None:
         if not isinstance(event, TaskProgress):
@@ -83,6 +89,27 @@ class _Bars:
             failed=f"{event.failed} failed" if event.failed else "",
             running=f"{event.running} running" if event.running else "",
         )
+        room = max(0, self._console.height - len(self._bars) - 4)
+        units = event.units_running[:room]
+        self._live.update(Group(self._progress, _table_of(units)) if units else self._progress)
+
+
+def _table_of(units: Sequence[RunningUnit]) -> Table:
+    """What runs now, a line each."""
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    table.add_column("  running", overflow="ellipsis", no_wrap=True)
+    for title in ("host", "pid", "time", "CPU", "memory"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for unit in units:
+        table.add_row(
+            f"  {escape(unit.name)}",
+            escape(unit.host or ""),
+            "" if unit.pid is None else str(unit.pid),
+            format_time(unit.seconds),
+            "" if unit.cpu is None else f"{unit.cpu:.0f} %",
+            "" if unit.memory is None else format_size(unit.memory),
+        )
+    return table
 
 
 class _Lines:

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,9 @@ from rich.console import Console
 from fractal_runner.cli.options import filter_arguments
 from fractal_runner.cli.progress import display_for
 from fractal_runner.errors import JobExecutionError, TaskExecutionError
+from fractal_runner.executors import registry
 from fractal_runner.quantities import format_time
+from fractal_runner.worker.spec import CANCELLED
 from fractal_runner.workflow.events import Event, TaskStarted
 from fractal_runner.workflow.files import write_dataset
 from fractal_runner.workflow.models import Dataset, Workflow
@@ -65,7 +68,11 @@ class RunRequest:
 
 def execute(request: RunRequest, console: Console) -> int:
     """Run it; the exit code."""
-    return asyncio.run(_Session(request, console).run())
+    session = _Session(request, console)
+    try:
+        return asyncio.run(session.run())
+    except KeyboardInterrupt:  # of an executor that works in this thread: it has ended what ran
+        return session.interrupted()
 
 
 class _Session:
@@ -77,6 +84,7 @@ class _Session:
         self._display = display_for(console)
         self._began: int | None = None  # order of the task that began last
         self._signal: int | None = None
+        self._drain = threading.Event()
 
     async def run(self) -> int:
         request = self._request
@@ -92,20 +100,24 @@ class _Session:
                 job_attribute_filters=request.attribute_filters,
                 executor=(request.executor, request.options),
                 on_event=self._on_event,
+                drain=self._drain,
             )
         )
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._on_signal, number, task)
+            if registry.class_of(request.executor).asynchronous:
+                loop.add_signal_handler(number, self._on_signal, number, task)
+            else:  # the loop stands still while the executor works
+                signal.signal(number, self._on_signal_inline)
         try:
             with self._display:
                 dataset = await task
         except asyncio.CancelledError:
-            received = self._signal or int(signal.SIGTERM)
-            self._say(f"Stopped by {signal.Signals(received).name}; what ran has been ended.")
-            self._say_how_to_go_on()
-            return EXIT_BY_SIGNAL + received
+            return self.interrupted()
         except (TaskExecutionError, JobExecutionError) as error:
+            if self._drain.is_set() and isinstance(error, JobExecutionError) and error.reason == CANCELLED:
+                self._say(str(error))
+                return self.interrupted("what ran has finished")
             self._say(str(error), style="red")
             if len(error.failures) > 1:
                 self._say(f"{len(error.failures)} units failed; this is the first of them.")
@@ -135,12 +147,32 @@ class _Session:
             self._began = event.order
         self._display.show(event)
 
+    def interrupted(self, what_became_of_it: str = "what ran has been ended") -> int:
+        """Say that a signal has ended the run; the exit code."""
+        received = self._signal or int(signal.SIGTERM)
+        self._say(f"Stopped by {signal.Signals(received).name}; {what_became_of_it}.")
+        self._say_how_to_go_on()
+        return EXIT_BY_SIGNAL + received
+
     def _on_signal(self, number: int, task: asyncio.Task[Dataset]) -> None:
+        if not self._only_drains(number):
+            task.cancel()
+
+    def _on_signal_inline(self, number: int, frame: object) -> None:
+        if not self._only_drains(number):
+            raise KeyboardInterrupt
+
+    def _only_drains(self, number: int) -> bool:
+        """Take a signal: the first Ctrl-C lets what runs finish; all else ends it, and that is to be done."""
         self._signal = number
+        if number == signal.SIGINT and not self._drain.is_set():
+            self._drain.set()
+            self._say("SIGINT: nothing more is started; what runs may finish. Ctrl-C again ends it.")
+            return True
         self._say(
             f"{signal.Signals(number).name}: ending what runs (SIGTERM, and SIGKILL a few seconds later) …"
         )
-        task.cancel()
+        return False
 
     def _say_how_to_go_on(self) -> None:
         command = self._command_that_goes_on()

@@ -58,6 +58,7 @@ class Executor(futures.Executor):
         isolates: a call that dies takes no other one with it.
         kills: a call that runs can be ended, by `stop` and by its `timeout`.
         is_remote: calls may run on other machines than this one.
+        in_process: calls run in this very process.
         max_workers: how many calls run at a time.
         name: what it is called in logs.
 
@@ -71,6 +72,7 @@ class Executor(futures.Executor):
     isolates: bool = False
     kills: bool = False
     is_remote: bool = False
+    in_process: bool = False
 
     def __init__(
         self,
@@ -228,12 +230,16 @@ class Executor(futures.Executor):
             cancel_futures: cancel what has not started.
 
         Raises:
-            RuntimeError: if a call of this executor asks to wait: it would wait for itself.
+            RuntimeError: if a call of this executor, or a callback of its future, asks to wait: it would
+                wait for itself.
         """
         if os.getpid() != self._pid:
             return  # a forked child's copy: what it refers to is the parent's
-        if wait and (call := current_call()) is not None and call.keeper is self._calls:
-            raise RuntimeError(f"{self.name} cannot be shut down, waiting, from within one of its own calls")
+        call = current_call()
+        if wait and ((call is not None and call.keeper is self._calls) or self._calls.is_ending_one()):
+            raise RuntimeError(
+                f"{self.name} cannot be shut down, waiting, from within a call of its own or a callback"
+            )
         first = self._calls.close()
         if cancel_futures:
             self.cancel()
@@ -368,6 +374,7 @@ class View(Executor):
         self.isolates = executor.isolates
         self.kills = executor.kills
         self.is_remote = executor.is_remote
+        self.in_process = executor.in_process
 
     def _start(self, call: Call) -> None:
         self._executor._start(call)
@@ -431,7 +438,7 @@ class _Calls:
         self._waiting = 0  # guarded by `_changed`
         self._closed = False
         self._pending: dict[Future[Any], Call] = {}
-        self._ending: dict[Future[Any], None] = {}  # on their way out of `_pending`
+        self._ending: dict[Future[Any], int] = {}  # on their way out of `_pending` -> by which thread
         self._unasked: dict[CallFuture, None] = {}
 
     def __len__(self) -> int:
@@ -447,7 +454,7 @@ class _Calls:
         """Take in a call; False if no more are taken."""
         self._pending[call.future] = call
         if self._closed:
-            del self._pending[call.future]
+            self._pending.pop(call.future, None)  # unless it was cancelled in this very moment
             return False
         return True
 
@@ -459,8 +466,9 @@ class _Calls:
 
     def ending(self, future: CallFuture) -> None:
         """Before anybody can see the future's end: whoever sees it does not find it pending."""
-        self._ending[future] = None
-        self._pending.pop(future).release()
+        self._ending[future] = threading.get_ident()
+        if (call := self._pending.pop(future, None)) is not None:  # None: `add` took it back
+            call.release()
 
     def ended(self, future: CallFuture) -> None:
         """Once the future has ended."""
@@ -485,6 +493,10 @@ class _Calls:
         while (future := self._next_finished(deadline)) is not None:
             yield future
             del future
+
+    def is_ending_one(self) -> bool:
+        """Whether this very thread is about to end a future: it calls back."""
+        return threading.get_ident() in list(self._ending.values())
 
     def wait_until_empty(self) -> None:
         while self._pending or self._ending:

@@ -152,9 +152,11 @@ class CallFuture(Future[Any]):
         """Cancel the call if it has not started; whoever waits for it is told at once."""
         if not self._claim(PENDING):
             return self.cancelled()
-        super().cancel()
-        self.set_running_or_notify_cancel()
-        self._tell_end()
+        try:
+            super().cancel()
+            self.set_running_or_notify_cancel()
+        finally:
+            self._tell_end()
         return True
 
     def begin(self) -> bool:
@@ -169,12 +171,14 @@ class CallFuture(Future[Any]):
         """End the call, in whatever state it is; False if it had ended before."""
         if not self._claim(PENDING, RUNNING):
             return False
-        if error is None:
-            self.set_result(result)
-        else:
-            self.set_exception(error)
-        self._tell_end()
-        del error
+        try:
+            if error is None:
+                self.set_result(result)
+            else:
+                self.set_exception(error)
+        finally:
+            self._tell_end()  # also after a callback that ends its thread, or a Ctrl-C within one
+            del error
         return True
 
     def result(self, timeout: float | None = None) -> Any:

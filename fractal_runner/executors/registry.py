@@ -1,53 +1,67 @@
 """Executors by name, and whatever else a caller may give in place of one.
 
 The one door through which the workflow layer gets its executors: it knows who made each of them, and so
-who shuts it down.
+who shuts it down; and what can be asked of executors that are not ours.
 """
 
 from __future__ import annotations
 
+import importlib
 import inspect
-import multiprocessing
-import os
 import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from typing import Any
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from fractal_runner.errors import did_you_mean
-from fractal_runner.executors.cpus import usable_cpus
+from fractal_runner.executors import base
+from fractal_runner.executors.cpus import thread_variables
+
+if TYPE_CHECKING:
+    from fractal_runner.executors.calls import TaskInfo
 
 ExecutorChoice = Executor | type[Executor] | str | tuple[str, Mapping[str, Any]] | None
 DEFAULT = "thread"
 
-
-def _thread(*, max_workers: int | None = None) -> Executor:
-    return ThreadPoolExecutor(_workers(max_workers), thread_name_prefix="fractal-worker")
-
-
-def _process(*, max_workers: int | None = None) -> Executor:
-    # Not by plain fork: this process has threads, whose locks a forked child would find locked.
-    context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
-    return ProcessPoolExecutor(_workers(max_workers), mp_context=context)
-
-
-_FACTORIES: dict[str, Callable[..., Executor]] = {"process": _process, "thread": _thread}
+_LOCAL = "fractal_runner.executors.local.executors"
+# By place, not by class: a name costs its import only where it is used.
+_PLACES = {
+    "fork": f"{_LOCAL}:ForkExecutor",
+    "process": f"{_LOCAL}:ProcessExecutor",
+    "serial": f"{_LOCAL}:SerialExecutor",
+    "spawn": f"{_LOCAL}:SpawnExecutor",
+    "thread": f"{_LOCAL}:ThreadExecutor",
+}
+# What a configuration or a command line cannot give.
+_NOT_BY_NAME = frozenset({"self", "context", "slots"})
 
 
 def names() -> list[str]:
     """The names of the executors that there are."""
-    return sorted(_FACTORIES)
+    return sorted(_PLACES)
+
+
+def class_of(name: str) -> type[base.Executor]:
+    """The class that bears this name.
+
+    Raises:
+        ValueError: if the name is unknown, naming the nearest known one.
+    """
+    if name not in _PLACES:
+        raise ValueError(f"unknown executor {name!r}: {did_you_mean(name, _PLACES)}")
+    module, _, attribute = _PLACES[name].partition(":")
+    found: type[base.Executor] = getattr(importlib.import_module(module), attribute)
+    return found
 
 
 def check(name: str, options: Mapping[str, Any] | None = None) -> None:
-    """Whether `make` would take this name and these options, without making anything.
+    """Whether `make` would know this name and these options, without making anything.
 
     Raises:
         ValueError: if the name or an option is unknown, naming the nearest known one.
     """
-    if name not in _FACTORIES:
-        raise ValueError(f"unknown executor {name!r}: {did_you_mean(name, _FACTORIES)}")
-    known = list(inspect.signature(_FACTORIES[name]).parameters)
+    known = [option for option in inspect.signature(class_of(name)).parameters if option not in _NOT_BY_NAME]
     for option in options or ():
         if option not in known:
             raise ValueError(f"unknown option {option!r} of executor {name!r}: {did_you_mean(option, known)}")
@@ -64,7 +78,22 @@ def make(name: str, options: Mapping[str, Any] | None = None) -> Executor:
         ValueError: if the name, an option or an option's value is not valid.
     """
     check(name, options)
-    return _FACTORIES[name](**(options or {}))
+    return class_of(name)(**(options or {}))
+
+
+@dataclass(frozen=True, slots=True)
+class Submitter:
+    """Submits calls that ask for the same resources.
+
+    Attributes:
+        submit: takes the call's name and key, its function and its one argument.
+        reduced: a sentence for each resource that was more than the executor has, and was reduced.
+        environment: what a command that such a call starts needs in its environment.
+    """
+
+    submit: Callable[[str, str, Callable[[Any], Any], Any], Future[Any]]
+    reduced: list[str]
+    environment: dict[str, str]
 
 
 class Executors:
@@ -129,9 +158,14 @@ class Executors:
             return True
         return getattr(executor, "is_remote", True) is False
 
+    def is_asynchronous(self, name: str | None = None) -> bool:
+        """Whether the executor's `submit` returns before the work is done; all do that do not deny it."""
+        return getattr(self.get(name), "asynchronous", True) is not False
+
     def shares_process(self, name: str | None = None) -> bool:
         """Whether calls surely run in threads of this process."""
-        return isinstance(self.get(name), ThreadPoolExecutor)
+        executor = self.get(name)
+        return isinstance(executor, ThreadPoolExecutor) or getattr(executor, "in_process", False) is True
 
     def takes_back(self, name: str | None = None) -> bool:
         """Whether calls that have not started can be cancelled one by one.
@@ -149,6 +183,41 @@ class Executors:
         count: object = getattr(executor, "max_workers", getattr(executor, "_max_workers", None))
         return count if isinstance(count, int) else None
 
+    def submitter(
+        self,
+        name: str | None = None,
+        *,
+        cpus: int | None = None,
+        memory: int | None = None,
+        **resources: Any,
+    ) -> Submitter:
+        """How to submit calls that ask for these resources, as far as the executor knows of such.
+
+        Args:
+            name: the executor's name; the run's own for None.
+            cpus: CPUs; the executor's default for None.
+            memory: bytes; the same.
+            resources: other `CallOptions`; those that are None are left to the executor.
+        """
+        executor = self.get(name)
+        resources |= {"cpus": cpus, "memory": None if memory is None else f"{memory}B"}
+        asked = {option: value for option, value in resources.items() if value is not None}
+        # In a process of its own the call finds these set; in a thread, only what it starts can have them.
+        environment = thread_variables(cpus or 1) if self.shares_process(name) else {}
+        if not isinstance(executor, base.Executor):
+            return Submitter(lambda _, __, fn, argument: executor.submit(fn, argument), [], environment)
+        view, reduced = executor.fitting(**asked)
+
+        def submit(call: str, key: str, fn: Callable[[Any], Any], argument: Any) -> Future[Any]:
+            return view.options(name=call, key=key).submit(fn, argument)
+
+        return Submitter(submit, reduced, environment)
+
+    def tasks(self, name: str | None = None) -> list[TaskInfo]:
+        """What the executor tells of its calls; nothing, if it cannot."""
+        executor = self.get(name)
+        return executor.tasks() if isinstance(executor, base.Executor) else []
+
     def close(self, *, wait: bool = True) -> None:
         """Shut down what was made here, the last one first.
 
@@ -159,11 +228,3 @@ class Executors:
             made, self._made = self._made, {}
         for executor in reversed(made.values()):
             executor.shutdown(wait=wait, cancel_futures=True)
-
-
-def _workers(given: object) -> int:
-    if given is None:
-        return usable_cpus()
-    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
-        raise ValueError(f"max_workers={given!r} is not a whole number of at least 1")
-    return given

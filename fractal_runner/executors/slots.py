@@ -56,6 +56,8 @@ class SlotPool:
         self._taken: deque[bytes | None] = deque()  # the tokens we hold; None is make's implicit one
         self._folder: str | None = None
         self._makeflags = given
+        self._offers = 0
+        self._replaced: str | None = None
         self._read = self._write = -1  # ours, with O_NONBLOCK
         self._read_shared = self._write_shared = -1  # those that children inherit; none for a named pipe
         if matches and matches[-1]["read"] not in ("-2", "-1"):  # make's word for "no jobserver here"
@@ -128,10 +130,37 @@ class SlotPool:
         """Give back a place that was taken."""
         self.release()
 
+    def offer(self) -> None:
+        """Put MAKEFLAGS into this process's environment, for commands that calls in threads start.
+
+        Each `offer` is answered by a `withdraw`; the last one, or `close`, puts back what was there.
+        """
+        with self._lock:
+            self._offers += 1
+            if self._offers == 1:
+                self._replaced = os.environ.get("MAKEFLAGS")
+                os.environ["MAKEFLAGS"] = self._makeflags
+
+    def withdraw(self) -> None:
+        """Take an offer back."""
+        with self._lock:
+            if self._offers > 0:
+                self._offers -= 1
+                if self._offers == 0:
+                    self._put_back()
+
+    def _put_back(self) -> None:
+        if self._replaced is None:
+            os.environ.pop("MAKEFLAGS", None)
+        else:
+            os.environ["MAKEFLAGS"] = self._replaced
+
     def makeflags(self) -> str:
         """The value of MAKEFLAGS that lets a child process share the places.
 
-        By descriptors (`fds`) they must be open there: see `inherited`.
+        It says -j by itself; a make that is given its own -j takes no part. Where the installed make is
+        older than 4.4, the descriptors of `inherited` must be open in it: `subprocess` closes them unless
+        told not to.
         """
         return self._makeflags
 
@@ -143,6 +172,9 @@ class SlotPool:
     def close(self) -> None:
         """Give up the pool. What is taken is make's again, if it is make's."""
         with self._lock:
+            if self._offers > 0:
+                self._offers = 0
+                self._put_back()
             while self._taken:
                 if (token := self._taken.pop()) is not None and not self._own:
                     os.write(self._write, token)

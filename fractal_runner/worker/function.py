@@ -75,12 +75,15 @@ class UnitStopped(BaseException):
 
 def call_function(spec: UnitSpec, stop: StopRequest) -> UnitResult:
     """Call the unit's function with its arguments; what it raises is the unit's failure."""
-    here = spec.coordinator == (processes.host_name(), os.getpid())
-    if not here:
+    if not _is_here(spec):
         return _call_guarded(spec, stop)
     if spec.timeout_s is not None:
         return _call_with_deadline(spec, spec.timeout_s)
     return _call(spec)
+
+
+def _is_here(spec: UnitSpec) -> bool:
+    return spec.coordinator == (processes.host_name(), os.getpid())
 
 
 def _call(spec: UnitSpec) -> UnitResult:
@@ -95,6 +98,8 @@ def _call(spec: UnitSpec) -> UnitResult:
     except SystemExit as error:
         code, tail = _exit_code(error)
     except KeyboardInterrupt:
+        if _is_here(spec) and threading.current_thread() is threading.main_thread():
+            raise  # the caller's own thread: it is the caller who was interrupted
         code, tail = -signal.SIGINT, "KeyboardInterrupt"
     except UnitStopped:
         raise

@@ -21,6 +21,27 @@ class TaskStarted:
 
 
 @dataclass(frozen=True, slots=True)
+class RunningUnit:
+    """A unit that runs at this moment.
+
+    Attributes:
+        name: its task's name, and its index where the task has one unit per image.
+        seconds: how long it has been running.
+        host: the node that it runs on.
+        pid: the process that does its work.
+        cpu: CPU that it and its child processes use, in percent of one CPU; None if it is not known.
+        memory: bytes that they use; None if it is not known.
+    """
+
+    name: str
+    seconds: float
+    host: str | None
+    pid: int | None
+    cpu: float | None
+    memory: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class TaskProgress:
     """Where a stage of a task is; comes several times a second while units run.
 
@@ -32,6 +53,8 @@ class TaskProgress:
         done: units that succeeded.
         failed: units that failed.
         running: units that have started and not ended, as far as the executor tells.
+        units_running: what is known of some of them, those that have run longest first; looked at about
+            once a second.
     """
 
     order: int
@@ -41,6 +64,7 @@ class TaskProgress:
     done: int
     failed: int
     running: int
+    units_running: tuple[RunningUnit, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,6 +50,7 @@ async def process_workflow(
     on_failure: Literal["continue", "stop"] = "continue",
     max_in_flight: int | None = None,
     grace_s: float = 5.0,
+    drain: threading.Event | None = None,
     **unknown: Any,
 ) -> Dataset:
     """Run the tasks of a workflow, one after the other, over a dataset.
@@ -75,6 +76,8 @@ async def process_workflow(
         max_in_flight: how many units may be submitted and not ended; None for 1,000, or a few per
             worker where those that have not started cannot be taken back (stdlib process pools).
         grace_s: seconds that a unit has between TERM and KILL when it is ended.
+        drain: once it is set, no more units start; when those that run have ended, and more would have had
+            to, a JobExecutionError with the reason "CANCELLED" is raised.
 
     Returns:
         The dataset after the last task.
@@ -92,6 +95,7 @@ async def process_workflow(
         raise TypeError(f"process_workflow() takes no argument {name!r}: {did_you_mean(name, known)}")
     _check_arguments(workflow, dataset, on_failure, max_in_flight, grace_s)
     loop = asyncio.get_running_loop()
+    task = asyncio.current_task()
     logger = logging.getLogger(logger_name)
     courier = _Courier(loop, on_event, logger)
     run = Run(
@@ -110,7 +114,15 @@ async def process_workflow(
         stop_at_failure=on_failure == "stop",
         window=max_in_flight,
         grace_s=grace_s,
+        drain=drain,
+        is_cancelled=lambda: task is not None and task.cancelling() > 0,
     )
+    if run.is_inline:
+        courier.is_inline = True
+        try:
+            return run.execute()
+        except RunCancelledError:
+            raise asyncio.CancelledError from None
     ended: asyncio.Future[Dataset] = loop.create_future()
     context = contextvars.copy_context()
     thread = threading.Thread(target=context.run, args=(_coordinate, run, courier, ended), name=run.label)
@@ -136,11 +148,14 @@ class _Courier:
         self._on_event = on_event
         self._logger = logger
         self._waiting: deque[Event | Callable[[], None]] = deque()
+        self.is_inline = False  # the run holds up the loop: events are delivered where they are sent
 
     def send(self, item: Event | Callable[[], None]) -> None:
         """An event, or something to call on the loop once all earlier events have been delivered."""
         self._waiting.append(item)
-        if len(self._waiting) == 1:
+        if self.is_inline:
+            self._deliver()
+        elif len(self._waiting) == 1:
             # A closed loop has nobody left to tell; the run itself ends as it would have.
             with suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._deliver)

@@ -9,17 +9,26 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fractal_runner.errors import JobExecutionError, TaskExecutionError
 from fractal_runner.worker.command import EVIDENCE_DIR, run_unit
 from fractal_runner.worker.processes import host_name
-from fractal_runner.worker.spec import CANCELLED
+from fractal_runner.worker.spec import CANCELLED, UnitResult
 from fractal_runner.worker.stop import SHUTDOWN_FILE, StopRequest, ask_to_stop, stoppable
 from fractal_runner.workflow import plan
 from fractal_runner.workflow.dispatch import DEFAULT_WINDOW, Dispatch, Ended
-from fractal_runner.workflow.events import Event, TaskFinished, TaskProgress, TaskStarted, UnitFinished
+from fractal_runner.workflow.events import (
+    Event,
+    RunningUnit,
+    TaskFinished,
+    TaskProgress,
+    TaskStarted,
+    UnitFinished,
+)
 from fractal_runner.workflow.failures import Explain, UnitError
 from fractal_runner.workflow.files import write_dataset, write_json
 from fractal_runner.workflow.images import ImageList
@@ -36,6 +45,8 @@ FILTERS_FILE = "filters.json"
 END_MARGIN_S = 12.0  # beyond the grace time: for KILL to work, and for results to travel
 
 _LOOK_S = 0.2
+_LOOK_CLOSER_S = 1.0
+_SHOWN = 20
 
 
 class RunCancelledError(Exception):
@@ -62,6 +73,8 @@ class Run:
         stop_at_failure: bool,
         window: int | None,
         grace_s: float,
+        drain: threading.Event | None,
+        is_cancelled: Callable[[], bool],
     ) -> None:
         self.label = label
         self._workflow = workflow
@@ -77,11 +90,19 @@ class Run:
         self._stop_at_failure = stop_at_failure
         self._window = window
         self._grace_s = grace_s
+        self._drain = drain or threading.Event()
         self._id = uuid.uuid4().hex
         self._stop = StopRequest(self._id, str(self._local))
         self._cancelled = threading.Event()
+        self._is_cancelled_outside = is_cancelled
         self._dispatch: Dispatch | None = None
         self._left_running = False
+        self._looked_at: tuple[float, tuple[RunningUnit, ...]] = 0.0, ()
+
+    @property
+    def is_inline(self) -> bool:
+        """Whether it is to be executed in the caller's thread, where its executor works."""
+        return not self._executors.is_asynchronous()
 
     def cancel(self) -> None:
         """End the run: what has not started does not, what runs is ended."""
@@ -199,6 +220,8 @@ class Run:
         # Whatever ends the run from here on, it is this task that a new run has to begin with.
         self._tell(TaskStarted(_order(task), task.task.name, count))
         self._raise_if_cancelled()
+        if self._drain.is_set():
+            self._fail(task, self._ended_early(task, "nothing of it has run"), images, types)
         if count == 0:
             error = JobExecutionError(plan.no_images(task, in_force, self._attribute_filters))
             self._fail(task, error, images, types)
@@ -223,14 +246,9 @@ class Run:
         except (TaskExecutionError, JobExecutionError) as error:
             error.args = (f"{title(task)}: {error}",)
             failures.append(_about(task, error))
-        if outcome.stopped and not failures:
-            failures.append(
-                JobExecutionError(
-                    f"{title(task)}: the run was stopped by the file {self._local / SHUTDOWN_FILE}, with "
-                    f"{outcome.done} of {outcome.count} units done.",
-                    reason=CANCELLED,
-                )
-            )
+        whole = outcome.stage is stages[-1] and outcome.done + len(outcome.failures) == outcome.count
+        if not failures and (outcome.stopped or (self._drain.is_set() and not whole)):
+            failures.append(self._ended_early(task, f"{outcome.done} of {outcome.count} units are done"))
         seconds = time.monotonic() - began
         self._logger.info(
             "%s %s after %.1f s; the dataset has %d image(s)",
@@ -253,7 +271,9 @@ class Run:
             return self._run_stage(first, [image.zarr_url for image in selected], first.image_units(selected))
         unit = first.all_images_unit(self._dataset.zarr_dir, selected)
         outcome = self._run_stage(first, [None], iter([unit]))
-        if len(stages) == 1 or outcome.failures or outcome.stopped or self._cancelled.is_set():
+        if len(stages) == 1 or outcome.failures or outcome.stopped:
+            return outcome
+        if self._cancelled.is_set() or self._drain.is_set():
             return outcome
         items = outcome.items
         return self._run_stage(stages[1], [item.zarr_url for item in items], stages[1].compute_units(items))
@@ -273,10 +293,21 @@ class Run:
         name = stage.resources.executor
         if name is not None:
             self._check_program(stage)
+        wanted = stage.resources
+        submitter = self._executors.submitter(
+            name, cpus=wanted.cpus, memory=wanted.memory, gpus=wanted.gpus, time=wanted.time_s
+        )
+        for sentence in submitter.reduced:
+            self._logger.warning("%s: %s: it gets that many", title(stage.task), sentence)
+        place = replace(place, env=(*submitter.environment.items(), *self._env))
         self._make_folders(place)
-        submit = self._executors.get(name).submit
+
+        def submit(unit: Unit) -> Future[UnitResult]:
+            spec = place.spec(unit)
+            return submitter.submit(place.call_name(unit), spec.key, run_unit, spec)
+
         dispatch = Dispatch(
-            lambda unit: submit(run_unit, place.spec(unit)),
+            submit,
             units,
             self._window or self._default_window(name),
             takes_back=self._executors.takes_back(name),
@@ -295,6 +326,8 @@ class Run:
     def _default_window(self, name: str | None) -> int:
         """How many units may be in flight: few, where those that have not started cannot be taken back."""
         workers = self._executors.worker_count(name)
+        if not self._executors.is_asynchronous(name):
+            return 1
         if workers is None or self._executors.takes_back(name):
             return DEFAULT_WINDOW
         return 2 * workers + 2
@@ -303,12 +336,18 @@ class Run:
         """Take in the units' ends until all have ended, or have been given up."""
         give_up_at = float("inf")
         next_look = 0.0
+        draining = False
         for batch in dispatch.batches():
             with collector_paused():  # once for all of them: what they bring is there to stay
                 for ended in batch:
                     self._record(ended, outcome, explain)
             if outcome.failures and self._stop_at_failure:
                 dispatch.submit_no_more()
+            if self._drain.is_set() and not outcome.stopped and not draining:
+                draining = True
+                dispatch.submit_no_more()
+            if self.is_inline and self._is_cancelled_outside():
+                self._cancelled.set()  # nobody else could say so meanwhile
             now = time.monotonic()
             if now < next_look and not self._cancelled.is_set():
                 continue
@@ -362,8 +401,35 @@ class Run:
                     done=outcome.done,
                     failed=len(outcome.failures),
                     running=running if limit is None else min(running, limit),
+                    units_running=self._units_running(stage) if running else (),
                 )
             )
+
+    def _units_running(self, stage: Stage) -> tuple[RunningUnit, ...]:
+        """Some of what runs now, as of a second ago at most: to look costs more than to count."""
+        then, units = self._looked_at
+        now = time.time()
+        if now - then >= _LOOK_CLOSER_S:
+            infos = [
+                info
+                for info in self._executors.tasks(stage.resources.executor)
+                if info.started is not None and (info.key or "").startswith(self._id)
+            ]
+            infos.sort(key=lambda info: info.started or now)
+            units = tuple(
+                RunningUnit(info.name, now - (info.started or now), info.host, info.pid, info.cpu, info.rss)
+                for info in infos[:_SHOWN]
+            )
+            self._looked_at = now, units
+        return units
+
+    def _ended_early(self, task: WorkflowTask, how_far: str) -> JobExecutionError:
+        """The error of a run that was asked to start no more, or to end."""
+        if self._drain.is_set():
+            why = "the run was asked to start no more units"
+        else:
+            why = f"the run was stopped by the file {self._local / SHUTDOWN_FILE}"
+        return JobExecutionError(f"{title(task)}: {why}; {how_far}.", reason=CANCELLED)
 
     def _ask_to_stop(self) -> None:
         try:

@@ -136,6 +136,11 @@ class Place:
             coordinator=self.coordinator,
         )
 
+    def call_name(self, unit: Unit) -> str:
+        """What the unit's call is called in displays and in the list of processes."""
+        name = self.stage.task.task.name
+        return f"{name} {unit.index}" if self.stage.parallel else name
+
     def log_file(self, unit: Unit, attempt: int = 1) -> str:
         """The path of the unit's log as the caller sees it."""
         return str(self.local / self._folder(unit) / f"{self._prefix(unit, attempt)}-log.txt")

@@ -223,7 +223,9 @@ def test_a_signal_ends_what_runs_and_says_how_to_go_on(
     )
     wait_for(lambda: len([p for p in tmp_path.glob("pid.*") if p.read_text().strip()]) == 4)
 
-    run.send_signal(number)
+    for _ in range(2 if number == signal.SIGINT else 1):
+        run.send_signal(number)
+        time.sleep(0.5)  # two signals of one number that come at once are one
     _, stderr = run.communicate(timeout=60)
 
     assert run.returncode == 128 + number
@@ -232,6 +234,46 @@ def test_a_signal_ends_what_runs_and_says_how_to_go_on(
     for path in tmp_path.glob("pid.*"):
         pid = int(path.read_text())
         wait_for(lambda pid=pid: not _runs(pid))
+
+
+@pytest.mark.parametrize("executor", ["thread", "process", "serial"])
+def test_the_first_ctrl_c_lets_what_runs_finish(files: Any, tmp_path: Path, executor: str) -> None:
+    task = shell("touch started.$$; until test -e go; do sleep 0.05; done; touch ended.$$")
+    workflow, dataset = files("true", task)
+    words = ["run", str(workflow), "--dataset", str(dataset), "--workflow-dir", "r"]
+    words += [] if executor == "serial" else ["--max-workers", "1"]
+    run = subprocess.Popen(
+        [PROGRAM, *words, "--executor", executor], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
+    wait_for(lambda: len(list(tmp_path.glob("started.*"))) == 1)
+
+    run.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    (tmp_path / "go").touch()
+    _, stderr = run.communicate(timeout=60)
+
+    assert run.returncode == 130, stderr
+    assert "nothing more is started; what runs may finish" in stderr
+    assert "the run was asked to start no more units; 1 of 3 units are done" in stderr
+    assert "--first 1" in stderr
+    assert len(list(tmp_path.glob("started.*"))) == len(list(tmp_path.glob("ended.*"))) == 1
+
+
+def test_over_serial_the_second_ctrl_c_ends_what_runs(files: Any, tmp_path: Path) -> None:
+    workflow, dataset = files(shell("echo $$ > pid; sleep 1000"))
+    words = ["run", str(workflow), "--dataset", str(dataset), "--workflow-dir", "r", "--executor", "serial"]
+    run = subprocess.Popen([PROGRAM, *words], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: (tmp_path / "pid").exists() and bool((tmp_path / "pid").read_text().strip()))
+
+    run.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    run.send_signal(signal.SIGINT)
+    _, stderr = run.communicate(timeout=60)
+
+    assert run.returncode == 130, stderr
+    assert "Traceback" not in stderr
+    assert "what ran has been ended" in stderr
+    wait_for(lambda: not _runs(int((tmp_path / "pid").read_text())))
 
 
 def test_on_a_terminal_there_are_bars(files: Any, tmp_path: Path) -> None:
@@ -249,6 +291,26 @@ def test_on_a_terminal_there_are_bars(files: Any, tmp_path: Path) -> None:
             os.close(ours)
     assert run.returncode == 0
     assert b"3/3" in shown
+
+
+def test_on_a_terminal_running_units_are_listed(files: Any, tmp_path: Path) -> None:
+    workflow, dataset = files(shell("sleep 2.5"))
+    ours, theirs = pty.openpty()
+    words = [PROGRAM, "run", str(workflow), "--dataset", str(dataset), "--workflow-dir", "r"]
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "120", "LINES": "30"}
+    with subprocess.Popen(words, cwd=tmp_path, stderr=theirs, env=environment) as run:
+        os.close(theirs)
+        shown = b""
+        try:
+            while part := os.read(ours, 4096):
+                shown += part
+        except OSError:
+            os.close(ours)
+    assert run.returncode == 0
+    text = shown.decode()
+    assert "memory" in text
+    assert "Task 0 1 " in text
+    assert os.uname().nodename in text
 
 
 def test_filters_are_read_as_json_scalars_or_text_and_written_back() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
 import os
 import threading
@@ -15,15 +16,21 @@ import pytest
 
 from fractal_runner import (
     Dataset,
+    ForkExecutor,
     Image,
     JobExecutionError,
+    SerialExecutor,
     Task,
     TaskExecutionError,
+    ThreadExecutor,
+    UnitFinished,
     Workflow,
     WorkflowTask,
     process_workflow,
 )
 from fractal_runner.executors import registry
+from fractal_runner.executors.cpus import THREAD_VARIABLES, usable_cpus
+from fractal_runner.worker.evidence import read_ledger
 
 URLS = [f"/z/{number}" for number in range(3)]
 
@@ -111,6 +118,11 @@ def pids(dataset: Dataset) -> set[Any]:
         (OneThread, True),
         ("process", False),
         (("process", {"max_workers": 1}), False),
+        ("serial", True),
+        (("fork", {"max_workers": 1, "max_memory": "4GB"}), False),
+        (("spawn", {"max_workers": 2}), False),
+        (SerialExecutor, True),
+        (ForkExecutor, False),
     ],
 )
 async def test_an_executor_is_a_name_with_options_or_a_class(run: Any, choice: Any, here: bool) -> None:
@@ -123,12 +135,12 @@ async def test_an_executor_is_a_name_with_options_or_a_class(run: Any, choice: A
     ("choice", "message"),
     [
         ("proces", "unknown executor 'proces': did you mean 'process'?"),
-        ("zzz", "unknown executor 'zzz': known are 'process', 'thread'"),
+        ("zzz", "unknown executor 'zzz': known are 'fork', 'process', 'serial', 'spawn', 'thread'"),
         (
             ("thread", {"max_worker": 2}),
             "unknown option 'max_worker' of executor 'thread': did you mean 'max",
         ),
-        (("process", {"max_workers": "2"}), "max_workers='2' is not a whole number of at least 1"),
+        (("process", {"max_workers": "2"}), "max_workers must be greater than 0 and a whole number, not '2'"),
     ],
 )
 async def test_a_wrong_name_or_option_is_a_value_error_with_the_nearest(
@@ -155,7 +167,8 @@ def test_checking_makes_nothing() -> None:
 
 def test_workers_default_to_the_cpus_that_may_be_used() -> None:
     with registry.make("thread") as pool:
-        assert pool._max_workers == registry.usable_cpus() >= 1  # type: ignore[attr-defined]
+        assert isinstance(pool, ThreadExecutor)
+        assert pool.max_workers == pool.max_cpus == usable_cpus() >= 1
 
 
 # Who shuts it down
@@ -244,6 +257,16 @@ async def test_what_a_function_raises_is_a_task_error_with_the_workers_traceback
     assert Path(str(caught.value.log_file)).read_text().strip().endswith("LookupError: nothing at /z/0")
 
 
+@pytest.mark.parametrize("executor", ["process", "fork", "spawn"])
+async def test_a_worker_that_dies_fails_its_own_unit_alone(run: Any, executor: str) -> None:
+    with pytest.raises(JobExecutionError) as caught:
+        await run(die, executor=(executor, {"max_workers": 1}))
+
+    [failure] = caught.value.failures
+    assert (failure.zarr_url, failure.returncode) == (URLS[1], -9)
+    assert "SIGKILL" in str(failure)
+
+
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 async def test_a_worker_that_is_killed_is_a_job_error(run: Any, method: str) -> None:
     with (
@@ -313,3 +336,105 @@ async def test_a_function_that_cannot_be_pickled_is_named_before_anything_is_sen
 
     with pytest.raises((JobExecutionError, TaskExecutionError), match="cannot pickle"):
         await run(locked, executor=("process", {"max_workers": 1}))
+
+
+# What units ask for
+
+
+@pytest.mark.parametrize("executor", ["thread", "process", "serial"])
+@pytest.mark.parametrize("cpus", [None, 2])
+async def test_a_command_is_told_how_many_threads_it_may_start(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, executor: str, cpus: int | None
+) -> None:
+    for variable in THREAD_VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("MKL_NUM_THREADS", "7")
+    meta = {} if cpus is None else {"cpus_per_task": cpus}
+    program = tmp_path / "program"
+    program.write_text(f"#!/bin/sh\necho $OMP_NUM_THREADS $MKL_NUM_THREADS > {tmp_path}/seen\n")
+    program.chmod(0o755)
+    task = WorkflowTask(task=Task(name="C", command_parallel=str(program)), meta_parallel=meta)
+    options = {} if executor == "serial" else {"max_workers": 1, "max_cpus": 2}
+
+    await run(task, executor=(executor, options))
+
+    assert (tmp_path / "seen").read_text() == f"{cpus or 1} 7\n"
+
+
+async def test_what_a_unit_asks_for_beyond_the_executor_is_reduced_with_one_warning(
+    run: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    meta = {"cpus_per_task": 64, "mem": "2TB"}
+    task = WorkflowTask(task=Task(name="F", function_parallel=mark), meta_parallel=meta)
+
+    await run(task, executor=("thread", {"max_workers": 2, "max_cpus": 3, "max_memory": "1GB"}))
+
+    reduced = [record.getMessage() for record in caplog.records if "it gets that many" in record.getMessage()]
+    assert len(reduced) == 2
+    assert "64 CPUs are more than the 3 of" in reduced[0]
+    assert "2 TB of memory are more than the 1 GB of" in reduced[1]
+
+
+async def test_a_fresh_process_for_each_unit_does_not_mean_a_file_for_each(run: Any, tmp_path: Path) -> None:
+    for executor in ("fork", "spawn"):
+        await run(mark, executor=(executor, {"max_workers": 1}))
+        [ledger] = (tmp_path / "run" / "evidence").iterdir()
+        kinds = [record["kind"] for record in read_ledger(ledger)]
+        assert kinds == ["worker", "start", "end"] * len(URLS)
+        (tmp_path / "run").rename(tmp_path / executor)
+
+
+# Serial: in the caller's thread
+
+
+async def test_serial_runs_units_in_the_callers_own_thread(run: Any) -> None:
+    seen: list[Any] = []
+
+    def note(*, zarr_url: str) -> None:
+        seen.append((threading.get_ident(), zarr_url))
+
+    await run(note, executor="serial")
+
+    assert seen == [(threading.get_ident(), url) for url in URLS]
+
+
+async def test_over_serial_events_come_as_things_happen(tmp_path: Path) -> None:
+    events: list[str] = []
+
+    def note(*, zarr_url: str) -> None:
+        events.append(zarr_url)
+
+    await process_workflow(
+        workflow=Workflow(name="w", task_list=[WorkflowTask(task=Task(name="F", function_parallel=note))]),
+        dataset=Dataset(name="d", zarr_dir="/z", images=[Image(zarr_url=url) for url in URLS]),
+        workflow_dir_local=tmp_path / "run",
+        executor="serial",
+        on_event=lambda event: isinstance(event, UnitFinished) and events.append(f"end {event.index}"),
+    )
+
+    assert events == ["/z/0", "end 0", "/z/1", "end 1", "/z/2", "end 2"]
+
+
+async def test_ctrl_c_in_a_serial_unit_is_the_callers(run: Any) -> None:
+    seen: list[str] = []
+
+    def interrupt(*, zarr_url: str) -> None:
+        seen.append(zarr_url)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        await run(interrupt, executor="serial")
+    assert seen == URLS[:1]
+
+
+async def test_a_serial_run_that_is_cancelled_starts_no_more(run: Any) -> None:
+    seen: list[str] = []
+
+    def cancel(*, zarr_url: str) -> None:
+        seen.append(zarr_url)
+        running.cancel()
+
+    running = asyncio.ensure_future(run(cancel, executor="serial"))
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert seen == URLS[:1]

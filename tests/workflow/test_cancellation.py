@@ -16,7 +16,18 @@ from typing import Any
 
 import pytest
 
-from fractal_runner import Image, JobExecutionError, Task, TaskFinished, TaskStarted, WorkflowTask
+from fractal_runner import (
+    ForkExecutor,
+    Image,
+    JobExecutionError,
+    ProcessExecutor,
+    SpawnExecutor,
+    Task,
+    TaskFinished,
+    TaskStarted,
+    ThreadExecutor,
+    WorkflowTask,
+)
 from fractal_runner.workflow import run as run_module
 
 GRACE_S = 0.5
@@ -46,6 +57,10 @@ POOLS = [
     pytest.param(lambda: ThreadPoolExecutor(2), id="thread pool"),
     pytest.param(process_pool("spawn"), id="spawn pool"),
     pytest.param(process_pool("forkserver"), id="forkserver pool"),
+    pytest.param(lambda: ThreadExecutor(2), id="thread"),
+    pytest.param(lambda: ProcessExecutor(2), id="process"),
+    pytest.param(lambda: ForkExecutor(2), id="fork"),
+    pytest.param(lambda: SpawnExecutor(2), id="spawn"),
 ]
 
 

@@ -109,6 +109,7 @@ class Dispatcher:
         self._queue: deque[Call] = deque()
         self._nested: deque[Call] = deque()  # calls from within calls of ours: they go first
         self._slots: list[Slot] = []
+        self._leaving: list[Slot] = []  # no longer among the slots; their workers are being closed
         self._idle: list[Slot] = []
         self._lent: dict[int, int] = {}  # id of a running call -> how many of its own have not ended
         self._running: dict[int, Slot] = {}  # id of a call -> where it runs
@@ -156,12 +157,16 @@ class Dispatcher:
             self._return_place(slot)
             self._wake_one()
 
-    def close(self, wait: bool) -> None:
+    def close(self, wait: bool) -> bool:
         """End the slots once there is nothing left to do.
 
         Args:
             wait: return only then; not for calls that were left running.
+
+        Returns:
+            Whether there were slots to wait for.
         """
+        waited = False
         with self._lock:
             self._closed = True
             for slot in self._idle:
@@ -169,11 +174,13 @@ class Dispatcher:
             self._idle.clear()
         while wait:
             with self._lock:
-                threads = [slot.thread for slot in self._slots]
+                threads = [slot.thread for slot in (*self._slots, *self._leaving)]
             if not threads:
-                return
+                break
+            waited = True
             for thread in threads:
                 thread.join()
+        return waited
 
     def _serve(self, slot: Slot) -> None:
         try:
@@ -181,6 +188,9 @@ class Dispatcher:
                 self._run(slot)
         finally:
             slot.worker.close()
+            with self._lock:
+                if slot in self._leaving:
+                    self._leaving.remove(slot)
 
     def _run(self, slot: Slot) -> None:
         call = slot.call
@@ -227,6 +237,7 @@ class Dispatcher:
     def _leave(self, slot: Slot) -> bool:
         self._return_place(slot)
         self._slots.remove(slot)
+        self._leaving.append(slot)
         self._wake_one()  # somebody else, if something was queued a moment ago
         return False
 

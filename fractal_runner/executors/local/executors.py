@@ -8,7 +8,7 @@ import threading
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from fractal_runner.executors.base import Executor, View, at_least_one, is_whole
 from fractal_runner.executors.calls import Call, CallOptions, TaskInfo
@@ -36,6 +36,7 @@ class SerialExecutor(Executor):
     """
 
     asynchronous = False
+    in_process = True
 
     def __init__(
         self,
@@ -52,8 +53,8 @@ class SerialExecutor(Executor):
         thread = threading.current_thread()
         before, thread.name = thread.name, call.name
         try:
-            call.begin()
-            call.succeed(call.returned())
+            if call.begin():
+                call.succeed(call.returned())
         except BaseException as error:
             call.fail(error)
             if isinstance(error, KeyboardInterrupt):
@@ -107,7 +108,10 @@ class LocalExecutor(Executor):
             name=self.name,
         )
         self._monitor = Monitor()
-        _dispatchers.add(self._dispatcher)
+        self._offered = slots if self.in_process else None
+        if self._offered is not None:
+            self._offered.offer()
+        _Known.dispatchers.add(self._dispatcher)
         # An executor that nobody holds any more gets no more calls.
         weakref.finalize(self, _close_soon, self._dispatcher).atexit = False
 
@@ -158,6 +162,9 @@ class LocalExecutor(Executor):
 
     def _close(self, wait: bool) -> None:
         self._dispatcher.close(wait)
+        offered, self._offered = self._offered, None
+        if offered is not None:
+            offered.withdraw()
 
     def tasks(self) -> list[TaskInfo]:
         left = self._monitor.infos(self._dispatcher.left_running(), "left running")
@@ -173,6 +180,8 @@ class ThreadExecutor(LocalExecutor):
     What runs in a thread cannot be ended: past its `timeout`, and after `stop`, its future ends and the
     thread is left to itself, which `tasks` shows. Arguments: see `LocalExecutor`.
     """
+
+    in_process = True
 
     @staticmethod
     def _maker(surroundings: Surroundings) -> Callable[[Dispatcher], Worker]:
@@ -225,19 +234,28 @@ class ForkExecutor(LocalExecutor):
     isolates = True
     kills = True
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    @staticmethod
+    def _maker(surroundings: Surroundings) -> Callable[[Dispatcher], Worker]:
         if not hasattr(os, "pidfd_open"):
             raise NotImplementedError(
                 f"ForkExecutor needs Linux 5.3 or newer, and this is {sys.platform}: take SpawnExecutor"
             )
-        super().__init__(*args, **kwargs)
-
-    @staticmethod
-    def _maker(surroundings: Surroundings) -> Callable[[Dispatcher], Worker]:
         return lambda dispatcher: ForkWorker(surroundings)
 
 
-_dispatchers: weakref.WeakSet[Dispatcher] = weakref.WeakSet()
+class _Known:
+    """The dispatchers that the interpreter's exit waits for: those of this process."""
+
+    dispatchers: ClassVar[weakref.WeakSet[Dispatcher]] = weakref.WeakSet()
+
+    @classmethod
+    def reset(cls) -> None:
+        cls.dispatchers = weakref.WeakSet()
+
+
+if hasattr(os, "register_at_fork"):
+    # A forked child ends through the same hook; the slots that it would wait for are its parent's.
+    os.register_at_fork(after_in_child=_Known.reset)
 
 
 def _close_soon(dispatcher: Dispatcher) -> None:
@@ -247,8 +265,9 @@ def _close_soon(dispatcher: Dispatcher) -> None:
 
 def _at_exit() -> None:
     """Let what was submitted finish, as the standard library's executors do; Ctrl-C ends the waiting."""
-    for dispatcher in list(_dispatchers):
-        dispatcher.close(wait=True)
+    # Several rounds: the end of a call may start another one, elsewhere, whose argument it was.
+    while any(dispatcher.close(wait=True) for dispatcher in list(_Known.dispatchers)):
+        pass
 
 
 # Before the interpreter waits for threads, and before it refuses to start new ones: where the standard

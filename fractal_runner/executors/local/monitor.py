@@ -6,13 +6,14 @@ import os
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 import psutil
 
 from fractal_runner.executors.base import info_of
 from fractal_runner.executors.calls import Call, TaskInfo
 from fractal_runner.executors.local.dispatcher import Slot
-from fractal_runner.worker.processes import commands_of_threads, host_name
+from fractal_runner.worker.processes import commands_of_threads, descendants, host_name
 
 
 class Monitor:
@@ -64,9 +65,12 @@ def _usage(pid: int, native_id: int | None) -> tuple[float | None, int | None, i
             own = [thread for thread in process.threads() if thread.id == native_id]
             seconds = own[0].user_time + own[0].system_time if own else None
             return seconds, process.memory_info().rss, 0, 1
-        family = [process, *process.children(recursive=True)]
     except psutil.Error:
         return None, None, None, None
+    family = [process]
+    for child in descendants(pid):  # psutil would read every process of the machine for it
+        with suppress(psutil.Error):
+            family.append(psutil.Process(child))
     seconds, rss, threads = 0.0, 0, 0
     for member in family:
         try:

@@ -15,6 +15,7 @@ import os
 import pickle
 import select
 import signal
+import socket
 import tempfile
 import threading
 import time
@@ -34,6 +35,8 @@ OUTPUT_LIMIT_BYTES = 16 * 2**20
 _TICK_S = 0.25  # how often it is looked whether the call is to be stopped
 _TERM_GRACE_S = 1.0
 _EXIT_WAIT_S = 5.0
+_REAP_WAIT_S = 1.0
+_logger = logging.getLogger("fractal_runner")
 
 
 class _Starting:
@@ -203,6 +206,9 @@ class Peer:
 
     def close(self) -> None:
         """Close the connection, which ends a process that waits for calls, and see to it that it ends."""
+        # Not only our descriptor: a sibling that was forked meanwhile holds a copy of it.
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self.connection.fileno())) as end:
+            end.shutdown(socket.SHUT_RDWR)
         self.connection.close()
         self._output.close()
         if not self._has_exited(_EXIT_WAIT_S):
@@ -220,7 +226,12 @@ class Peer:
         elif self._process.is_alive():
             poll = select.poll()
             poll.register(self._pidfd, select.POLLIN)
-            poll.poll(seconds * 1000)
+            if poll.poll(seconds * 1000):
+                # multiprocessing reaps children in whatever thread starts the next one: its exit code
+                # is known once that thread has had its turn.
+                deadline = time.monotonic() + _REAP_WAIT_S
+                while self._process.is_alive() and time.monotonic() < deadline:
+                    time.sleep(0.001)
         return not self._process.is_alive()
 
 
@@ -304,10 +315,16 @@ def _raised(call: Call, report: child.Raised) -> BaseException:
 
 
 def _handle(pickled: memoryview) -> None:
-    record = logging.makeLogRecord(pickle.loads(pickled))
-    logger = logging.getLogger(record.name)
-    if logger.isEnabledFor(record.levelno):
-        logger.handle(record)
+    record = None
+    try:
+        record = logging.makeLogRecord(pickle.loads(pickled))
+        logger = logging.getLogger(record.name)
+        if logger.isEnabledFor(record.levelno):
+            logger.handle(record)
+    except Exception as error:
+        # An `extra` that only the worker can make, or a handler that raises: the call goes on without.
+        said = "that cannot be unpickled" if record is None else repr(record.getMessage())
+        _logger.warning("a log record of a worker process, %s, is lost: %r", said, error)
 
 
 def _pidfd(pid: int) -> int:

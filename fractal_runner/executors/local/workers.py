@@ -61,8 +61,9 @@ class ThreadWorker(Worker):
         return False
 
     def _exceeded(self, call: Call) -> None:
-        if call.fail(timeout_error(call, "a thread cannot be ended, and was left running")):
-            self._leave(call)
+        # In this order: whoever sees the future's end may shut down, which waits for threads not left.
+        self._leave(call)
+        call.fail(timeout_error(call, "a thread cannot be ended, and was left running"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +129,10 @@ class _ProcessWorker(Worker):
             self._end(call, timeout_error(call, "its worker process was ended"))
         except InterruptedError:
             self._end(call, stopped_error(call))
+        except BaseException as error:
+            # The process may go on with this call, and the next one must not be given its result.
+            self._end(call, error)
+            raise
         else:
             if message is not None:
                 call.future.output = self._peer.take_output()
