@@ -150,7 +150,8 @@ class ExecutorConformance:
             able = _capabilities_of(cls.executor_class)
         cls.left_out = {}
         for name in [name for name in dir(cls) if name.startswith("test_")]:
-            if missing := getattr(getattr(cls, name), "needs", frozenset()) - able:
+            needed: frozenset[str] = getattr(getattr(cls, name), "needs", frozenset())
+            if missing := needed - able:
                 setattr(cls, name, None)  # pytest collects what can be called
                 cls.left_out[name] = sorted(missing)
 
@@ -166,6 +167,7 @@ class ExecutorConformance:
             return
         tests = "".join(f"\n  {name}: needs {', '.join(words)}" for name, words in cls.left_out.items())
         capture = request.config.pluginmanager.get_plugin("capturemanager")
+        assert capture is not None
         with capture.global_and_fixture_disabled():
             print(f"\n{cls.__name__} leaves out {len(cls.left_out)} test(s):{tests}")
 
@@ -506,10 +508,40 @@ class ExecutorConformance:
 
         executor.shutdown(wait=False, cancel_futures=True)
 
-        assert set(futures.as_completed(others, PATIENCE_S)) == set(others)
         assert all(future.cancelled() for future in others)
         gate.open()
         assert running.result(PATIENCE_S) == 0
+
+    @needs("additions", "asynchronous")
+    def test_who_waits_for_what_a_shutdown_cancels_is_told_at_once(
+        self, make: Callable[..., Any], gate: Gate
+    ) -> None:
+        executor = make(1)
+        _, *others = [executor.submit(gate.wait, number) for number in range(4)]
+        gate.await_arrivals(1)
+
+        executor.shutdown(wait=False, cancel_futures=True)
+
+        assert set(futures.as_completed(others, PATIENCE_S)) == set(others)
+        assert futures.wait(others, PATIENCE_S).done == set(others)
+
+    @needs("asynchronous")
+    def test_who_submits_while_it_is_shut_down_is_refused_or_served(self, make: Callable[..., Any]) -> None:
+        for _ in range(5):
+            executor = make(2)
+            submitted: list[Future[Any]] = []
+            refused: list[BaseException] = []
+            arguments = executor, submitted, refused
+            threads = [threading.Thread(target=_submit_until_refused, args=arguments) for _ in range(3)]
+            for thread in threads:
+                thread.start()
+            wait_until(submitted.__len__, "calls are submitted")
+            executor.shutdown(cancel_futures=True)
+            for thread in threads:
+                thread.join(PATIENCE_S)
+
+            assert [type(error) for error in refused] == [RuntimeError] * 3
+            assert all(future.done() for future in submitted)
 
     @needs("asynchronous")
     def test_what_has_not_started_can_be_cancelled_and_never_runs(
@@ -735,7 +767,7 @@ class ExecutorConformance:
     def test_calls_from_within_calls_finish_or_are_refused_at_once(self, make: Callable[..., Any]) -> None:
         executor = make(1)
 
-        def nest(depth: int) -> int:
+        def nest(depth: int) -> Any:
             if depth == 0:
                 return 0
             inner = [executor.submit(nest, depth - 1) for _ in range(2)]
@@ -786,8 +818,7 @@ class ExecutorConformance:
         async def use() -> None:
             assert await executor.run(pow, 2, exp=3) == 8
             task = asyncio.create_task(executor.run(gate.wait))
-            while not gate.arrived():
-                await asyncio.sleep(0.005)
+            await asyncio.to_thread(gate.await_arrivals, 1)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
@@ -823,6 +854,22 @@ class ExecutorConformance:
         pids = [int(pid) for pid in noted.read_text().split()]
         wait_until(lambda: not any(map(is_alive, pids)), "the processes are gone")
         assert executor.submit(pow, 2, 3).result(PATIENCE_S) == 8
+
+    @needs("additions", "kills")
+    def test_a_call_that_logs_without_end_can_be_ended(self, executor: Any) -> None:
+        def talk() -> None:
+            logger = logging.getLogger("conformance.endless")
+            while True:
+                logger.error("again")
+
+        logger = logging.getLogger("conformance.endless")
+        logger.addFilter(_nothing)
+        try:
+            error = executor.options(timeout=1).submit(talk).exception(PATIENCE_S)
+        finally:
+            logger.removeFilter(_nothing)
+
+        assert isinstance(error, TimeoutError)
 
     @needs("additions", "kills")
     def test_a_call_within_its_timeout_is_left_alone(self, executor: Any) -> None:
@@ -878,7 +925,7 @@ class ExecutorConformance:
 
     @needs("additions", "isolates")
     def test_a_result_that_cannot_be_pickled_is_named(self, executor: Any) -> None:
-        error = executor.submit(lambda: threading.Lock()).exception(PATIENCE_S)
+        error = executor.submit(threading.Lock).exception(PATIENCE_S)
 
         assert isinstance(error, ExecutorError)
         assert "lock" in str(error)
@@ -890,7 +937,7 @@ class ExecutorConformance:
             def __reduce__(self) -> Any:
                 return int, ("not a number",)
 
-        error = executor.submit(lambda: Odd()).exception(PATIENCE_S)
+        error = executor.submit(Odd).exception(PATIENCE_S)
 
         assert isinstance(error, ExecutorError)
         assert executor.submit(pow, 2, 3).result(PATIENCE_S) == 8
@@ -1016,8 +1063,8 @@ class ExecutorConformance:
         self, executor: Any, caplog: pytest.LogCaptureFixture
     ) -> None:
         caplog.set_level(logging.WARNING)
-        caplog.set_level(logging.DEBUG, "conformance.chatty")
         caplog.set_level(logging.ERROR, "conformance.terse")
+        caplog.set_level(logging.DEBUG, "conformance.chatty")  # the last one is caplog's own, too
 
         def talk() -> list[bool]:
             loggers = [logging.getLogger(f"conformance.{name}") for name in ("chatty", "terse", "other")]
@@ -1105,6 +1152,20 @@ def _capabilities_of(executor_class: Any) -> frozenset[str]:
         return frozenset({"asynchronous"})
     told = {word for word in CAPABILITIES if getattr(executor_class, word, False)}
     return frozenset(told | {"additions"})
+
+
+def _submit_until_refused(
+    executor: futures.Executor, submitted: list[Future[Any]], refused: list[BaseException]
+) -> None:
+    try:
+        while True:
+            submitted.append(executor.submit(abs, -1))
+    except BaseException as error:
+        refused.append(error)
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    return False
 
 
 def _raiser(error: BaseException) -> Callable[[], None]:

@@ -32,6 +32,7 @@ T = TypeVar("T")
 
 STOPPED = "CANCELLED"  # the `reason` of a call that `stop` has ended
 _UNASKED_LIMIT = 10_000
+_LOOK_S = 0.5  # how often who waits looks whether there was a Ctrl-C
 _logger = logging.getLogger("fractal_runner")
 
 
@@ -434,8 +435,10 @@ class _Calls:
     """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._waiting = 0  # guarded by `_changed`
+        # `with` the lock itself: in the condition's own Python code, a Ctrl-C could leave it locked.
+        self._lock = threading.RLock()  # the collector may end a future while it is held
+        self._changed = threading.Condition(self._lock)
+        self._waiting = 0  # guarded by `_lock`
         self._closed = False
         self._pending: dict[Future[Any], Call] = {}
         self._ending: dict[Future[Any], int] = {}  # on their way out of `_pending` -> by which thread
@@ -460,7 +463,7 @@ class _Calls:
 
     def close(self) -> bool:
         """Take no more calls; whether it is the first time that it is said."""
-        with self._changed:
+        with self._lock:
             first, self._closed = not self._closed, True
             return first
 
@@ -480,7 +483,7 @@ class _Calls:
                 self._first_unasked()
         del self._ending[future]
         if self._waiting:
-            with self._changed:
+            with self._lock:
                 self._changed.notify_all()
 
     def asked(self, future: CallFuture) -> None:
@@ -525,12 +528,16 @@ class _Calls:
             return future
 
     def _wait(self, still: Callable[[], bool], seconds: float | None) -> None:
-        """Wait for a change, if there is `still` something to wait for."""
-        with self._changed:
+        """Wait for a change, if there is `still` something to wait for, but not for long.
+
+        A Ctrl-C that comes between a thread's last look at signals and its going to sleep does not wake
+        it, so it has to look now and then.
+        """
+        with self._lock:
             self._waiting += 1
             try:
                 if still():
-                    self._changed.wait(seconds)
+                    self._changed.wait(_LOOK_S if seconds is None else min(seconds, _LOOK_S))
             finally:
                 self._waiting -= 1
 

@@ -18,7 +18,7 @@ from typing import Any
 from fractal_runner.executors.calls import Call
 from fractal_runner.executors.slots import SlotPool
 
-_LOOK_S = 0.5  # how often a slot that waits for a shared place looks whether it is still needed
+_LOOK_S = 0.5  # how often who waits looks whether it is still needed
 _OVERTAKEN_LIMIT = 100  # calls that may start before one that stands in front of them but does not fit
 _LOOK_AHEAD = 100
 _logger = logging.getLogger("fractal_runner")
@@ -179,7 +179,7 @@ class Dispatcher:
                 break
             waited = True
             for thread in threads:
-                thread.join()
+                thread.join(_LOOK_S)  # in turns: a Ctrl-C does not wake a thread that just goes to sleep
         return waited
 
     def _serve(self, slot: Slot) -> None:

@@ -16,10 +16,12 @@ import pickle
 import select
 import signal
 import socket
+import struct
 import tempfile
 import threading
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import IO, Any
 
@@ -36,6 +38,7 @@ _TICK_S = 0.25  # how often it is looked whether the call is to be stopped
 _TERM_GRACE_S = 1.0
 _EXIT_WAIT_S = 5.0
 _REAP_WAIT_S = 1.0
+_SHORT, _LONG = struct.Struct("!i"), struct.Struct("!Q")  # a message's length; -1 if the longer one follows
 _logger = logging.getLogger("fractal_runner")
 
 
@@ -101,12 +104,13 @@ class Peer:
         fcntl.fcntl(self._output, fcntl.F_SETFL, os.O_APPEND)  # so that it can be emptied between calls
         ours, theirs = multiprocessing.Pipe()
         self.connection = ours
+        self._incoming = _Incoming(ours)
         setup = child.Setup(
             child.InheritedFd(os.dup(self._output.fileno())),
             environment,
             ledger,
             tuple(map(child.InheritedFd, inherited)),
-            (ours.fileno(),) if forked else (),
+            (ours.fileno(), self._incoming.fd) if forked else (),
         )
         try:
             with _Starting.lock:
@@ -118,6 +122,7 @@ class Peer:
                 finally:
                     signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         except BaseException:
+            self._incoming.close()
             ours.close()
             self._output.close()
             raise
@@ -132,7 +137,7 @@ class Peer:
         if self._pidfd >= 0:
             self._poll.register(self._pidfd, select.POLLIN)
         try:
-            if self.receive(time.monotonic() + start_timeout) != child.STARTED:
+            if (self.receive(time.monotonic() + start_timeout) or b"")[:1] != child.STARTED:
                 raise self.death("before it took its first call")
         except TimeoutError:
             self.kill(0)
@@ -146,7 +151,7 @@ class Peer:
 
     def receive(
         self, deadline: float | None, stopped: Callable[[], bool] = lambda: False
-    ) -> memoryview | bytes | None:
+    ) -> memoryview | None:
         """The next message that is not a log record, which are handled; None if the process has died.
 
         Raises:
@@ -158,17 +163,19 @@ class Peer:
             ready = self._poll.poll(max(0.0, left) * 1000)
             if any(fd != self._pidfd for fd, _ in ready) or (ready and self.connection.poll()):
                 try:
-                    message = memoryview(self.connection.recv_bytes())
+                    message = self._incoming.read()
                 except (EOFError, OSError):
                     return None
-                if message[:1] != child.LOG:
-                    return message
-                _handle(message[1:])
+                if message is not None:
+                    if message[:1] != child.LOG:
+                        return message
+                    _handle(message[1:])
             elif ready or (self._pidfd < 0 and not self._process.is_alive()):
                 return None
-            elif deadline is not None and time.monotonic() >= deadline:
+            # Also after a log record: who logs without end can be ended all the same.
+            if deadline is not None and time.monotonic() >= deadline:
                 raise TimeoutError
-            elif stopped():
+            if stopped():
                 raise InterruptedError
 
     def take_output(self) -> str:
@@ -206,9 +213,7 @@ class Peer:
 
     def close(self) -> None:
         """Close the connection, which ends a process that waits for calls, and see to it that it ends."""
-        # Not only our descriptor: a sibling that was forked meanwhile holds a copy of it.
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self.connection.fileno())) as end:
-            end.shutdown(socket.SHUT_RDWR)
+        self._incoming.close()
         self.connection.close()
         self._output.close()
         if not self._has_exited(_EXIT_WAIT_S):
@@ -233,6 +238,64 @@ class Peer:
                 while self._process.is_alive() and time.monotonic() < deadline:
                     time.sleep(0.001)
         return not self._process.is_alive()
+
+
+class _Incoming:
+    """Messages as multiprocessing's connections frame them, read without waiting for the rest of one.
+
+    The rest may never come: a process that dies in the midst of sending leaves no end behind it as long
+    as another one, that it has forked, holds its connection, too.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self._socket = socket.socket(fileno=os.dup(connection.fileno()))
+        self._is_body = False
+        self._expect(_SHORT.size)
+
+    @property
+    def fd(self) -> int:
+        return self._socket.fileno()
+
+    def read(self) -> memoryview | None:
+        """The next message; None if it has not arrived whole.
+
+        Raises:
+            EOFError: if there is no more.
+        """
+        while self._receive():
+            if self._is_body:
+                message = self._part
+                self._is_body = False
+                self._expect(_SHORT.size)
+                return message
+            if len(self._part) == _SHORT.size and (size := _SHORT.unpack(self._part)[0]) < 0:
+                self._expect(_LONG.size)
+                continue
+            self._is_body = True
+            self._expect(size if len(self._part) == _SHORT.size else _LONG.unpack(self._part)[0])
+        return None
+
+    def close(self) -> None:
+        """End the connection for whoever holds it, a sibling that was forked meanwhile, too."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+    def _expect(self, size: int) -> None:
+        self._part = memoryview(bytearray(size))
+        self._filled = 0
+
+    def _receive(self) -> bool:
+        """Whether the part that is expected is there."""
+        while self._filled < len(self._part):
+            try:
+                number = self._socket.recv_into(self._part[self._filled :], 0, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return False
+            if not number:
+                raise EOFError
+            self._filled += number
+        return True
 
 
 def report_end(call: Call, message: memoryview | bytes) -> None:

@@ -29,6 +29,7 @@ from fractal_runner.worker import evidence
 _PROCESS_START_S = 60.0  # a fresh interpreter, with what it imports from a slow file system
 _FORK_START_S = 10.0
 _LEVELS_EVERY_S = 0.05
+_CONTEXTS_LIMIT = 32  # a process keeps the contexts of so many different filters
 _logger = logging.getLogger("fractal_runner")
 
 
@@ -185,8 +186,9 @@ class KeptProcessWorker(_ProcessWorker):
     def _send(self, call: Call) -> None:
         message = dump_call(call)
         environment = self._surroundings.environment(call)
-        if self._peer is not None and environment != self._environment:
-            self._discard()  # numerical libraries read it once
+        full = len(self._contexts) >= _CONTEXTS_LIMIT and call.options.context_filter not in self._contexts
+        if self._peer is not None and (full or environment != self._environment):
+            self._discard()  # numerical libraries read their environment once
         fresh = self._peer is None
         if self._peer is None:
             self._environment = environment
