@@ -249,4 +249,4 @@ def test_a_fork_that_never_starts_is_an_error_in_its_future(start: Any, tmp_path
     out, _ = script.communicate(timeout=PATIENCE_S)
 
     assert script.returncode == 0
-    assert "has not started in 0.2 s, twice." in out
+    assert "has not started in 0.2 s, and neither had the one before it." in out

@@ -32,7 +32,7 @@ from fractal_runner.executors.local.executors import (
     SpawnExecutor,
     ThreadExecutor,
 )
-from fractal_runner.executors.local.peers import _Incoming
+from fractal_runner.executors.local.line import Line
 from fractal_runner.testing import PATIENCE_S, Gate, is_alive, wait_until
 
 PROCESSES = [ProcessExecutor, ForkExecutor, SpawnExecutor]
@@ -421,9 +421,58 @@ def test_a_process_that_dies_in_the_midst_of_a_message_is_dead_whoever_holds_its
     assert executor.submit(abs, -1).result(PATIENCE_S) == 1
 
 
+def test_a_message_is_sent_piece_by_piece_and_never_waited_with() -> None:
+    ours, theirs = multiprocessing.Pipe()
+    line = Line(ours)
+    long = os.urandom(3_000_000)
+    with ours, theirs:
+        pieces = line.framed(long)
+        assert not line.push(pieces)  # it is more than the system takes at once, and nobody reads
+        received: list[bytes] = []
+        reader = threading.Thread(target=lambda: received.append(theirs.recv_bytes()))
+        reader.start()
+        wait_until(lambda: line.push(pieces), "all of it has been sent")
+        reader.join(PATIENCE_S)
+        assert received == [long]
+        theirs.close()
+        with pytest.raises(OSError):
+            line.push(line.framed(b"nobody is there"))
+        line.close()
+
+
+@pytest.mark.parametrize("how", ["timeout", "stop"])
+def test_a_call_can_be_ended_while_its_arguments_are_on_their_way(how: str) -> None:
+    with ProcessExecutor(1) as executor:
+        pid = executor.submit(os.getpid).result(PATIENCE_S)
+        os.kill(pid, signal.SIGSTOP)  # it reads no more than the system keeps for it
+        call = executor.options(timeout=0.5 if how == "timeout" else None).submit(len, bytes(50_000_000))
+        if how == "stop":
+            wait_until(call.running, "it has begun")
+            executor.stop(call)
+        error = call.exception(PATIENCE_S)
+
+        assert isinstance(error, TimeoutError if how == "timeout" else JobExecutionError)
+        assert not is_alive(pid)
+        assert executor.submit(abs, -1).result(PATIENCE_S) == 1
+
+
+def test_a_context_filter_need_not_be_hashable() -> None:
+    class Filter:
+        __hash__ = None  # type: ignore[assignment]
+
+        def __call__(self, context: Any) -> Any:
+            return {name: value for name, value in context.items() if name == "a"}
+
+    with ProcessExecutor(1, context={"a": 1, "b": 2}) as executor:
+        calls = [
+            executor.options(context_filter=Filter()).submit(lambda: dict(current_context())) for _ in "12"
+        ]
+        assert [call.result(PATIENCE_S) for call in calls] == [{"a": 1}, {"a": 1}]
+
+
 def test_messages_of_any_size_arrive_whole() -> None:
     ours, theirs = multiprocessing.Pipe()
-    incoming = _Incoming(ours)
+    incoming = Line(ours)
     long = b"body" * 50_000
 
     with ours, theirs:

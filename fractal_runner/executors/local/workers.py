@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -21,7 +21,8 @@ from fractal_runner.executors.cpus import thread_variables
 from fractal_runner.executors.local import child
 from fractal_runner.executors.local.dispatcher import Worker
 from fractal_runner.executors.local.forking import ForkProcess
-from fractal_runner.executors.local.peers import NotStartedError, Peer, dump_call, report_end
+from fractal_runner.executors.local.peers import NotStartedError, Peer
+from fractal_runner.executors.local.reports import dump_call, report_end
 from fractal_runner.executors.slots import SlotPool
 from fractal_runner.quantities import format_time
 from fractal_runner.worker import evidence
@@ -117,19 +118,16 @@ class _ProcessWorker(Worker):
 
     def run(self, call: Call) -> None:
         try:
-            self._send(call)
-        except (ExecutorError, JobExecutionError, OSError) as error:
-            self._discard()
-            call.fail(error)
-            return
-        assert self._peer is not None
-        deadline = None if call.options.timeout is None else time.monotonic() + call.options.timeout
-        try:
+            deadline = self._send(call)
+            assert self._peer is not None
             message = self._peer.receive(deadline, lambda: self._stopping == call.id)
         except TimeoutError:
             self._end(call, timeout_error(call, "its worker process was ended"))
         except InterruptedError:
             self._end(call, stopped_error(call))
+        except (ExecutorError, JobExecutionError, OSError) as error:
+            self._discard()
+            call.fail(error)
         except BaseException as error:
             # The process may go on with this call, and the next one must not be given its result.
             self._end(call, error)
@@ -142,8 +140,16 @@ class _ProcessWorker(Worker):
                 self._end(call, self._peer.death(f"while it ran {call.name!r}"), kill=False)
 
     @abstractmethod
-    def _send(self, call: Call) -> None:
-        """Get the call to a process. What goes wrong is the call's."""
+    def _send(self, call: Call) -> float | None:
+        """Get the call to a process; until when it may run, on the monotonic clock.
+
+        Raises:
+            ExecutorError, JobExecutionError, OSError: if it cannot be got there.
+            TimeoutError, InterruptedError: if it took too long, or was stopped meanwhile.
+        """
+
+    def _deadline(self, call: Call) -> float | None:
+        return None if call.options.timeout is None else time.monotonic() + call.options.timeout
 
     def _start(
         self, make: Callable[..., BaseProcess], target: Callable[..., None], *more: Any, **how: Any
@@ -158,10 +164,10 @@ class _ProcessWorker(Worker):
         )
 
     def _end(self, call: Call, error: BaseException, *, kill: bool = True) -> None:
-        assert self._peer is not None
-        if kill:
-            self._peer.kill()
-        call.future.output = self._peer.take_output()
+        if self._peer is not None:
+            if kill:
+                self._peer.kill()
+            call.future.output = self._peer.take_output()
         self._discard()
         call.fail(error)
 
@@ -177,34 +183,40 @@ class KeptProcessWorker(_ProcessWorker):
     def __init__(self, surroundings: Surroundings) -> None:
         super().__init__(surroundings)
         self._environment: dict[str, str] = {}
-        self._contexts: dict[Any, int] = {}  # by filter: the context's number in the process
+        self._contexts: dict[Hashable, int] = {}  # by filter: the context's number in the process
         self._known: tuple[str, int] | None = None  # name and context that were sent last
         self._levels: dict[str, int] | None = None
         self._levels_at = 0.0
         self._root_level = 0
 
-    def _send(self, call: Call) -> None:
+    def _send(self, call: Call) -> float | None:
         message = dump_call(call)
         environment = self._surroundings.environment(call)
-        full = len(self._contexts) >= _CONTEXTS_LIMIT and call.options.context_filter not in self._contexts
+        full = len(self._contexts) >= _CONTEXTS_LIMIT and self._filter(call) not in self._contexts
         if self._peer is not None and (full or environment != self._environment):
             self._discard()  # numerical libraries read their environment once
-        fresh = self._peer is None
-        if self._peer is None:
-            self._environment = environment
-            self._contexts, self._known, self._levels = {}, None, None
-            self._peer = self._fresh(environment)
-        settings = self._changed_settings(call)
-        try:
-            if settings is not None:
-                self._peer.connection.send_bytes(child.SETTINGS + cloudpickle.dumps(settings))
-            self._peer.connection.send_bytes(message)
-        except OSError:
-            # It died between two calls. This one has not been read: another process can do it.
+        while True:
+            fresh = self._peer is None
+            if self._peer is None:
+                self._environment = environment
+                self._contexts, self._known, self._levels = {}, None, None
+                self._peer = self._fresh(environment)
+            deadline = self._deadline(call)
+            settings = self._changed_settings(call)
+            messages = (
+                [message] if settings is None else [child.SETTINGS + cloudpickle.dumps(settings), message]
+            )
+            if all(self._peer.send(one, deadline, lambda: self._stopping == call.id) for one in messages):
+                return deadline
             if fresh:
                 raise self._peer.death(f"before it took {call.name!r}") from None
-            self._discard()
-            self._send(call)
+            self._discard()  # it died between two calls, before it had read this one: another can do it
+
+    @staticmethod
+    def _filter(call: Call) -> Hashable:
+        """What tells the call's filter from others: a function is only ever itself."""
+        chosen = call.options.context_filter
+        return chosen if chosen is None or isinstance(chosen, frozenset) else _Itself(chosen)
 
     def _fresh(self, environment: dict[str, str]) -> Peer:
         try:
@@ -220,7 +232,7 @@ class KeptProcessWorker(_ProcessWorker):
     def _changed_settings(self, call: Call) -> child.Settings | None:
         """What the process does not know yet of what the call needs."""
         levels = self._changed_levels()
-        chosen = call.options.context_filter
+        chosen = self._filter(call)
         pickled = None
         if chosen not in self._contexts:
             pickled = _dump_context(call)
@@ -256,27 +268,46 @@ class SpawnWorker(KeptProcessWorker):
 class ForkWorker(_ProcessWorker):
     """A fork of this process for each call."""
 
-    def _send(self, call: Call) -> None:
-        for last in (False, True):
+    def _send(self, call: Call) -> float | None:
+        try:
+            self._peer = self._fork(call)
+        except NotStartedError as error:
+            # Another thread held a lock when it was forked, and in the child nobody lets go of it.
+            _logger.warning("%s: forking once more", error)
             try:
-                self._peer = self._start(
-                    ForkProcess,
-                    child.run_once,
-                    call,
-                    environment=self._surroundings.environment(call),
-                    start_timeout=_FORK_START_S,
-                    forked=True,
-                )
-                return
-            except NotStartedError as error:
-                # Another thread held a lock when it was forked, and in the child nobody lets go of it.
-                _logger.warning("%s", error)
-                if last:
-                    raise JobExecutionError(f"{error}, twice.") from None
+                self._peer = self._fork(call)
+            except NotStartedError as again:
+                raise JobExecutionError(f"{again}, and neither had the one before it.") from None
+        return self._deadline(call)
+
+    def _fork(self, call: Call) -> Peer:
+        return self._start(
+            ForkProcess,
+            child.run_once,
+            call,
+            environment=self._surroundings.environment(call),
+            start_timeout=_FORK_START_S,
+            forked=True,
+        )
 
     def run(self, call: Call) -> None:
         super().run(call)
         self._discard()
+
+
+class _Itself:
+    """Equal to what holds the same object, which need not be hashable, and must live as long."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Itself) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
 
 
 def timeout_error(call: Call, what_became_of_it: str) -> TimeoutError:
