@@ -7,7 +7,6 @@ tells their kind and a pickle. To the worker: `CALL`, and before it, where somet
 
 from __future__ import annotations
 
-import io
 import logging
 import multiprocessing
 import os
@@ -16,7 +15,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -26,10 +25,12 @@ from typing import Any
 import cloudpickle
 
 from fractal_runner.executors.calls import Call, CallOptions
+from fractal_runner.executors.local.pickling import dump
 from fractal_runner.worker import evidence
 
 CALL, SETTINGS = b"C", b"S"
 STARTED, LOG, RESULT, RAISED, FAILED = b"+", b"L", b"R", b"E", b"F"
+PRINTED, SILENT = b"p", b"-"  # second byte of the last three: whether the call has printed something
 
 _COMM_BYTES = 15  # what Linux keeps of a process's name
 _ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD, signal.SIGALRM)
@@ -162,18 +163,22 @@ class _Reporter:
         self._connection = connection
         self._lock = threading.Lock()
 
-    def send(self, kind: bytes, dump: Callable[[io.BytesIO], None] = lambda _: None) -> None:
-        """Send a message. What cannot be pickled raises before anything is sent."""
-        buffer = io.BytesIO()
-        buffer.write(kind)
-        dump(buffer)
+    def send(self, message: bytes | memoryview) -> None:
         with self._lock, suppress(OSError):  # whoever was to read it has died; so does this process, soon
-            self._connection.send_bytes(buffer.getbuffer())
+            self._connection.send_bytes(message)
+
+    def end(self, kind: bytes, value: Any) -> None:
+        """Report the end of a call. What cannot be pickled raises before anything is sent."""
+        _flush()
+        try:
+            printed = PRINTED if os.fstat(1).st_size else SILENT
+        except OSError:  # the call has closed it
+            printed = PRINTED
+        self.send(dump(kind + printed, value))
 
     def failed(self, what: str, error: BaseException) -> None:
         """Report that the call could not be carried here or its result back."""
-        report = what, str(error), type(error).__qualname__, _text_of(error)
-        self.send(FAILED, lambda buffer: pickle.dump(report, buffer))
+        self.end(FAILED, (what, str(error), type(error).__qualname__, _text_of(error)))
 
 
 class _Forward(logging.Handler):
@@ -194,7 +199,7 @@ class _Forward(logging.Handler):
                 data = pickle.dumps(values)
             except Exception:  # some `extra` that cannot travel: its text can
                 data = pickle.dumps({name: _portable(value) for name, value in values.items()})
-            self._reporter.send(LOG, lambda buffer: _write(buffer, data))
+            self._reporter.send(LOG + data)
         except Exception:
             self.handleError(record)
 
@@ -243,7 +248,6 @@ def _do(reporter: _Reporter, call: Call) -> None:
     try:
         result = call.returned()
     except BaseException as error:
-        _flush()
         # Without the frames of this module; the caller sees the text as the cause of what it gets.
         text = _text_of(error.with_traceback(error.__traceback__ and error.__traceback__.tb_next))
         try:
@@ -251,11 +255,10 @@ def _do(reporter: _Reporter, call: Call) -> None:
         except Exception:
             pickled = None
         report = pickled, type(error).__module__, type(error).__qualname__, _safe_str(error), text
-        reporter.send(RAISED, lambda buffer: pickle.dump(report, buffer))
+        reporter.end(RAISED, report)
         return
-    _flush()
     try:
-        reporter.send(RESULT, lambda buffer: cloudpickle.Pickler(buffer).dump(result))
+        reporter.end(RESULT, result)
     except BaseException as error:
         reporter.failed(f"returned a {type(result).__qualname__}, which cannot be pickled", error)
 
@@ -288,10 +291,6 @@ def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         with suppress(Exception):  # a call may have closed or replaced it
             stream.flush()
-
-
-def _write(buffer: io.BytesIO, data: bytes) -> None:
-    buffer.write(data)
 
 
 def _portable(value: Any) -> Any:

@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection
 # A message's length comes first; -1 if it is too large for that, and the longer one follows.
 _SHORT, _LONG = struct.Struct("!i"), struct.Struct("!Q")
 _SHORT_LIMIT = 0x7FFFFFFF
+_SPACE_BYTES = 65_536
 
 
 class Line:
@@ -24,8 +25,10 @@ class Line:
 
     def __init__(self, connection: Connection) -> None:
         self._socket = socket.socket(fileno=os.dup(connection.fileno()))
-        self._is_body = False
-        self._expect(_SHORT.size)
+        self._space = memoryview(bytearray(_SPACE_BYTES))
+        self._arrived = b""  # whole messages, and the beginning of one
+        self._body: memoryview | None = None  # of a message too long for that, on its way
+        self._filled = 0
 
     @property
     def fd(self) -> int:
@@ -55,23 +58,54 @@ class Line:
                 pieces[0] = pieces[0][sent:]
         return True
 
-    def read(self) -> memoryview | None:
-        """The next message; None if it has not arrived whole.
+    def fetch(self) -> bool:
+        """Take in what has arrived, whole or not; False if there is nothing.
 
         Raises:
-            EOFError: if there is no more.
+            EOFError: if nothing more can come.
+            OSError: likewise.
         """
-        while self._receive():
-            if self._is_body:
-                message = self._part
-                self._is_body = False
-                self._expect(_SHORT.size)
-                return message
-            if len(self._part) == _SHORT.size and (size := _SHORT.unpack(self._part)[0]) < 0:
-                self._expect(_LONG.size)
-                continue
-            self._is_body = True
-            self._expect(size if len(self._part) == _SHORT.size else _LONG.unpack(self._part)[0])
+        place = self._space if self._body is None else self._body[self._filled :]
+        try:
+            number = self._socket.recv_into(place, 0, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        if not number:
+            raise EOFError
+        if self._body is None:
+            self._arrived += place[:number]
+        else:
+            self._filled += number
+        return True
+
+    def next(self) -> memoryview | None:
+        """The next message that has arrived whole, if there is one."""
+        if self._body is None:
+            return self._first_arrived()
+        if self._filled < len(self._body):
+            return None
+        body, self._body = self._body, None
+        return body
+
+    def _first_arrived(self) -> memoryview | None:
+        start = _SHORT.size
+        if len(self._arrived) < start:
+            return None
+        size = _SHORT.unpack_from(self._arrived)[0]
+        if size < 0:
+            start += _LONG.size
+            if len(self._arrived) < start:
+                return None
+            size = _LONG.unpack_from(self._arrived, _SHORT.size)[0]
+        body = memoryview(self._arrived)[start : start + size]
+        if len(body) == size:
+            self._arrived = self._arrived[start + size :]
+            return body
+        if start + size > _SPACE_BYTES:  # the rest of it goes straight to its place
+            self._body = memoryview(bytearray(size))
+            self._body[: len(body)] = body
+            self._filled = len(body)
+            self._arrived = b""
         return None
 
     def close(self) -> None:
@@ -79,19 +113,3 @@ class Line:
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
-
-    def _expect(self, size: int) -> None:
-        self._part = memoryview(bytearray(size))
-        self._filled = 0
-
-    def _receive(self) -> bool:
-        """Whether the part that is expected is there."""
-        while self._filled < len(self._part):
-            try:
-                number = self._socket.recv_into(self._part[self._filled :], 0, socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                return False
-            if not number:
-                raise EOFError
-            self._filled += number
-        return True

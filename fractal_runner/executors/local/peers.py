@@ -31,6 +31,7 @@ _TICK_S = 0.25  # how often it is looked whether the call is to be stopped
 _TERM_GRACE_S = 1.0
 _EXIT_WAIT_S = 5.0
 _REAP_WAIT_S = 1.0
+_SILENCE_S = 0.001  # a process that has just answered has not died since
 
 
 class _Starting:
@@ -85,6 +86,7 @@ class Peer:
         ours, theirs = multiprocessing.Pipe()
         self._connection = ours
         self._line = Line(ours)
+        self._heard_at = 0.0
         setup = child.Setup(
             child.InheritedFd(os.dup(self._output.fileno())),
             environment,
@@ -113,7 +115,7 @@ class Peer:
         self.pid = self._process.pid
         self._pidfd = _pidfd(self.pid)
         self._poll = select.poll()
-        self._poll.register(ours, select.POLLIN)
+        self._poll.register(self._line.fd, select.POLLIN)
         if self._pidfd >= 0:
             self._poll.register(self._pidfd, select.POLLIN)
         try:
@@ -130,31 +132,30 @@ class Peer:
             raise
 
     def send(
-        self,
-        data: bytes | memoryview,
-        deadline: float | None = None,
-        stopped: Callable[[], bool] = lambda: False,
+        self, data: bytes | memoryview, deadline: float | None, stopped: Callable[[], bool] = lambda: False
     ) -> bool:
         """Send a message; False if the process has died.
 
         Raises:
             TimeoutError, InterruptedError: as `receive`. The process cannot be used any more.
         """
-        poll = select.poll()
-        poll.register(self._connection, select.POLLOUT)
-        if self._pidfd >= 0:
-            poll.register(self._pidfd, select.POLLIN)
+        if time.monotonic() - self._heard_at > _SILENCE_S and self._has_exited(0):
+            return False
         pieces = self._line.framed(data)
-        while True:
-            ready = {fd for fd, _ in poll.poll(self._turn_ms(deadline))}
-            if self._pidfd in ready:
-                return False
-            try:
-                if ready and self._line.push(pieces):
-                    return True
-            except OSError:
-                return False
-            self._raise_if_over(deadline, stopped)
+        try:
+            while not self._line.push(pieces):
+                poll = select.poll()
+                poll.register(self._line.fd, select.POLLOUT)
+                if self._pidfd >= 0:
+                    poll.register(self._pidfd, select.POLLIN)
+                if any(fd == self._pidfd for fd, _ in poll.poll(self._turn_ms(deadline))):
+                    return False
+                self._raise_if_over(deadline, stopped)
+        except OSError as error:
+            if isinstance(error, (TimeoutError, InterruptedError)):
+                raise
+            return False
+        return True
 
     def receive(
         self, deadline: float | None, stopped: Callable[[], bool] = lambda: False
@@ -166,19 +167,22 @@ class Peer:
             InterruptedError: once `stopped` says so.
         """
         while True:
+            while (message := self._line.next()) is not None:
+                if message[:1] != child.LOG:
+                    self._heard_at = time.monotonic()
+                    return message
+                handle_record(message[1:])
+                # Also here: who logs without end can be ended all the same.
+                self._raise_if_over(deadline, stopped)
             ready = self._poll.poll(self._turn_ms(deadline))
-            if any(fd != self._pidfd for fd, _ in ready) or (ready and self._connection.poll()):
-                try:
-                    message = self._line.read()
-                except (EOFError, OSError):
+            try:
+                # Its last words may have come between the system's looks at the one and at the other.
+                if ready and not self._line.fetch() and any(fd == self._pidfd for fd, _ in ready):
                     return None
-                if message is not None:
-                    if message[:1] != child.LOG:
-                        return message
-                    handle_record(message[1:])
-            elif ready or (self._pidfd < 0 and not self._process.is_alive()):
+            except (EOFError, OSError):
                 return None
-            # Also after a log record: who logs without end can be ended all the same.
+            if not ready and self._pidfd < 0 and not self._process.is_alive():
+                return None
             self._raise_if_over(deadline, stopped)
 
     def take_output(self) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import pickle
 from typing import Any
@@ -12,6 +11,7 @@ import cloudpickle
 from fractal_runner.errors import ExecutorError
 from fractal_runner.executors.calls import Call
 from fractal_runner.executors.local import child
+from fractal_runner.executors.local.pickling import dump
 
 _logger = logging.getLogger("fractal_runner")
 
@@ -27,9 +27,9 @@ class RemoteTraceback(Exception):
         return f'\n"""\n{self.text}\n"""'
 
 
-def report_end(call: Call, message: memoryview | bytes) -> None:
+def report_end(call: Call, message: memoryview) -> None:
     """End `call` as its worker process reports."""
-    kind, body = bytes(message[:1]), message[1:]
+    kind, body = bytes(message[:1]), message[2:]
     if kind == child.RESULT:
         try:
             result = pickle.loads(body)
@@ -52,16 +52,19 @@ def report_end(call: Call, message: memoryview | bytes) -> None:
         call.fail(failure)
 
 
+def has_output(message: memoryview) -> bool:
+    """Whether a call that ended with `message` has printed something."""
+    return message[1:2] == child.PRINTED
+
+
 def dump_call(call: Call) -> memoryview:
     """The message of a call.
 
     Raises:
         ExecutorError: naming the argument, if something of it cannot be pickled.
     """
-    buffer = io.BytesIO()
-    buffer.write(child.CALL)
     try:
-        cloudpickle.Pickler(buffer).dump((call.fn, call.args, call.kwargs))
+        return dump(child.CALL, (call.fn, call.args, call.kwargs))
     except Exception as error:
         named = [("the function", call.fn)]
         named += [(f"argument {place} (counted from 0)", value) for place, value in enumerate(call.args)]
@@ -74,7 +77,6 @@ def dump_call(call: Call) -> memoryview:
                     type_name=type(value).__qualname__,
                 ) from own
         raise ExecutorError(f"The call {call.name!r} cannot be pickled: {error}") from error
-    return buffer.getbuffer()
 
 
 def _pickling_error(value: Any) -> Exception | None:

@@ -22,7 +22,7 @@ from fractal_runner.executors.local import child
 from fractal_runner.executors.local.dispatcher import Worker
 from fractal_runner.executors.local.forking import ForkProcess
 from fractal_runner.executors.local.peers import NotStartedError, Peer
-from fractal_runner.executors.local.reports import dump_call, report_end
+from fractal_runner.executors.local.reports import dump_call, has_output, report_end
 from fractal_runner.executors.slots import SlotPool
 from fractal_runner.quantities import format_time
 from fractal_runner.worker import evidence
@@ -134,7 +134,8 @@ class _ProcessWorker(Worker):
             raise
         else:
             if message is not None:
-                call.future.output = self._peer.take_output()
+                if has_output(message):
+                    call.future.output = self._peer.take_output()
                 report_end(call, message)
             else:
                 self._end(call, self._peer.death(f"while it ran {call.name!r}"), kill=False)
@@ -182,7 +183,7 @@ class KeptProcessWorker(_ProcessWorker):
 
     def __init__(self, surroundings: Surroundings) -> None:
         super().__init__(surroundings)
-        self._environment: dict[str, str] = {}
+        self._cpus = 0  # for how many its environment is made
         self._contexts: dict[Hashable, int] = {}  # by filter: the context's number in the process
         self._known: tuple[str, int] | None = None  # name and context that were sent last
         self._levels: dict[str, int] | None = None
@@ -191,16 +192,15 @@ class KeptProcessWorker(_ProcessWorker):
 
     def _send(self, call: Call) -> float | None:
         message = dump_call(call)
-        environment = self._surroundings.environment(call)
         full = len(self._contexts) >= _CONTEXTS_LIMIT and self._filter(call) not in self._contexts
-        if self._peer is not None and (full or environment != self._environment):
-            self._discard()  # numerical libraries read their environment once
+        if self._peer is not None and (full or call.options.cpus != self._cpus):
+            self._discard()  # numerical libraries read once how many threads they may start
         while True:
             fresh = self._peer is None
             if self._peer is None:
-                self._environment = environment
+                self._cpus = call.options.cpus
                 self._contexts, self._known, self._levels = {}, None, None
-                self._peer = self._fresh(environment)
+                self._peer = self._fresh(self._surroundings.environment(call))
             deadline = self._deadline(call)
             settings = self._changed_settings(call)
             messages = (
