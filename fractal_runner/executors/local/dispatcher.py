@@ -35,6 +35,9 @@ class Worker(ABC):
         """End `call` if it is the one that runs here; whether the slot's thread will see to its end."""
         return True
 
+    def rest(self) -> None:  # noqa: B027  not every worker has something to do then
+        """There is no call for it at the moment."""
+
     def close(self) -> None:  # noqa: B027  not every worker holds something
         """Let go of what the worker holds: no more calls come."""
 
@@ -224,6 +227,7 @@ class Dispatcher:
                     if self._first_that_fits() is not None:
                         self._idle.remove(slot)
                         continue
+            slot.worker.rest()
             if needs_place:
                 assert self._places is not None
                 slot.place = self._places.acquire(timeout=_LOOK_S)

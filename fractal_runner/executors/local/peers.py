@@ -218,10 +218,14 @@ class Peer:
         """End the process and all that it has started."""
         processes.end_tree(self.pid, grace_s)
 
-    def close(self) -> None:
-        """Close the connection, which ends a process that waits for calls, and see to it that it ends."""
+    def hang_up(self) -> None:
+        """Close the connection, which ends a process that waits for calls."""
         self._line.close()
         self._connection.close()
+
+    def close(self) -> None:
+        """Hang up, and see to it that the process ends."""
+        self.hang_up()
         self._output.close()
         if not self._has_exited(_EXIT_WAIT_S):
             self.kill()

@@ -102,6 +102,7 @@ class _ProcessWorker(Worker):
     def __init__(self, surroundings: Surroundings) -> None:
         self._surroundings = surroundings
         self._peer: Peer | None = None
+        self._leaving: Peer | None = None  # it has done its one call, and is on its way out
         self._stopping = 0
 
     @property
@@ -113,7 +114,13 @@ class _ProcessWorker(Worker):
         self._stopping = call.id
         return True
 
+    def rest(self) -> None:
+        leaving, self._leaving = self._leaving, None
+        if leaving is not None:
+            leaving.close()
+
     def close(self) -> None:
+        self.rest()
         self._discard()
 
     def run(self, call: Call) -> None:
@@ -171,6 +178,13 @@ class _ProcessWorker(Worker):
             call.future.output = self._peer.take_output()
         self._discard()
         call.fail(error)
+
+    def _let_go(self) -> None:
+        """Let the process end by itself, while the next one is being started."""
+        self.rest()
+        self._leaving, self._peer = self._peer, None
+        if self._leaving is not None:
+            self._leaving.hang_up()
 
     def _discard(self) -> None:
         peer, self._peer = self._peer, None
@@ -262,7 +276,7 @@ class SpawnWorker(KeptProcessWorker):
 
     def run(self, call: Call) -> None:
         super().run(call)
-        self._discard()
+        self._let_go()
 
 
 class ForkWorker(_ProcessWorker):
@@ -292,7 +306,7 @@ class ForkWorker(_ProcessWorker):
 
     def run(self, call: Call) -> None:
         super().run(call)
-        self._discard()
+        self._let_go()
 
 
 class _Itself:
