@@ -22,7 +22,7 @@ demo: .venv/.package .venv-tasks/.ready
 		--workflow-dir $(OUT)/runs/$$(date +%Y%m%d-%H%M%S-%N) --output $(OUT)/dataset.json
 	.venv-tasks/bin/python $(DEMO)/show_nuclei.py $(OUT)/dataset.json $(OUT)/plate.png
 
-test: .venv/.dev .venv-tasks/.ready lint
+test: .venv/.dev .venv-tasks/.ready .venv-cpython/.ready lint
 	.venv/bin/python -m pytest -n 2 --dist worksteal
 
 lint: .venv/.dev
@@ -38,7 +38,7 @@ bench: .venv/.dev
 	.venv/bin/python -m benchmarks
 
 clean:
-	rm -rf .venv .venv-tasks site $(DEMO)/out benchmarks/results
+	rm -rf .venv .venv-tasks .venv-cpython site $(DEMO)/out benchmarks/results
 
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer was found: install one, or say PYTHON=…" >&2; exit 1; }
@@ -58,3 +58,15 @@ clean:
 	.ci/make-venv "$(PYTHON)" .venv-tasks
 	.venv-tasks/bin/python $(PIP_INSTALL) -r $(DEMO)/requirements.txt
 	@touch $@
+
+# For CPython's own tests of executors, run over ours. Where no Python ships them there is a note instead,
+# which the tests show; the next `make test` looks again.
+.venv-cpython/.ready: pyproject.toml
+	@mkdir -p $(@D)
+	@if python=$$(.ci/find-cpython-tests 2>$(@D)/not-found); then \
+		.ci/make-venv "$$python" $(@D) && \
+		.venv-cpython/bin/python $(PIP_INSTALL) --editable . && \
+		touch $@; \
+	else \
+		rm -f $@; cat $(@D)/not-found; \
+	fi

@@ -18,13 +18,20 @@ BENCHMARKS = {
     "overhead": "what a unit costs beside the same call in a bare pool of threads",
     "images": "from tasks' raw outputs to the new dataset, and filtering it, up to 1,000,000 images",
     "loop": "how late the caller's event loop is with 10,000 units in flight",
+    "executors": "what a call costs on our executors and on others, and how well slots are kept busy",
+    "repeat": "the tests of executors, again and again: what fails now and then, and what is left behind",
 }
+
+# Takes most of an hour, and measures nothing: it is run where it is named.
+ONLY_BY_NAME = {"repeat"}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run what the command line names; 0, or 1 if a benchmark could not be run."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="benchmarks to run (default: all)")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="benchmarks to run (default: all but repeat)"
+    )
     parser.add_argument("--json-dir", type=Path, default=RESULTS, help="where <name>.json goes (%(default)s)")
     parser.add_argument("--list", action="store_true", help="list the benchmarks and end")
     options = parser.parse_args(arguments)
@@ -40,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     failed = False
     # One scratch for all of them, emptied at the very end: see its module.
     with Scratch(below=RESULTS) as scratch:
-        for name in dict.fromkeys(options.names or BENCHMARKS):
+        for name in dict.fromkeys(options.names or [name for name in BENCHMARKS if name not in ONLY_BY_NAME]):
             report = Report(name, BENCHMARKS[name])
             say(f"{name}: {BENCHMARKS[name]}")
             try:

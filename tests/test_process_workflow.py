@@ -454,7 +454,10 @@ async def test_what_on_event_raises_is_logged_and_harmless(
         ),
         ({"last_task_index": 1}, "last_task_index=1 is out of range"),
         ({"executor": "slurrm"}, "unknown executor 'slurrm'"),
-        ({"executor": ("thread", {"max_workers": 0})}, "max_workers must be greater than 0 and a whole number, not 0"),
+        (
+            {"executor": ("thread", {"max_workers": 0})},
+            "max_workers must be greater than 0 and a whole number, not 0",
+        ),
         ({"job_type_filters": {"is_3D": 1}}, "job_type_filters"),
         ({"job_attribute_filters": {"well": "A01"}}, "job_attribute_filters"),
         ({"job_attribute_filters": {"__wftask_dataset_image_status__": ["done"]}}, "history"),

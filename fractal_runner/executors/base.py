@@ -300,6 +300,7 @@ class Executor(futures.Executor):
             keeper=self._calls,
             parent=parent,
         )
+        future = call.future
         if not self._calls.add(call):
             raise RuntimeError(f"cannot schedule new futures after shutdown of {self.name}")
         if (args and any(isinstance(value, Future) for value in args)) or (
@@ -308,7 +309,7 @@ class Executor(futures.Executor):
             _Arguments(call, self._start_safely).wait()
         else:
             self._start_safely(call)
-        return call.future
+        return future
 
     def _start_safely(self, call: Call) -> None:
         try:
@@ -339,12 +340,12 @@ class Executor(futures.Executor):
         buffersize: int | None,
     ) -> Iterator[T]:
         if chunksize < 1:
-            raise ValueError(f"chunksize={chunksize!r} is not at least 1")
+            raise ValueError(f"chunksize must be >= 1, not {chunksize!r}")
         if buffersize is not None:
             if not is_whole(buffersize):
-                raise TypeError(f"buffersize={buffersize!r} is neither a whole number nor None")
+                raise TypeError(f"buffersize must be an integer or None, not {buffersize!r}")
             if buffersize < 1:
-                raise ValueError(f"buffersize={buffersize!r} is not at least 1")
+                raise ValueError(f"buffersize must be None or > 0, not {buffersize!r}")
         deadline = None if timeout is None else time.monotonic() + timeout
         rows: Iterator[tuple[Any, ...]] = zip(*iterables, strict=False)
         numbers = itertools.count()

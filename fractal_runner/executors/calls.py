@@ -306,7 +306,11 @@ class Call:
             del self, before
 
     def release(self) -> None:
-        """Let go of what it was given: the future may be kept for long."""
+        """Let go of what it was given, as the future may be kept for long, and of the future itself.
+
+        Whoever still holds the call for a moment holds its result no more.
+        """
+        self.future = _ended
         self.fn, self.args, self.kwargs, self.context = _released, (), {}, _EMPTY
         self.parent = None
 
@@ -333,6 +337,8 @@ def current_call() -> Call | None:
 
 
 _local = threading.local()
+_ended = CallFuture()  # in the place of a call's own, once that has ended
+_ended.end()
 
 
 def _released(*args: Any, **kwargs: Any) -> Any:

@@ -126,6 +126,7 @@ class _ProcessWorker(Worker):
     def run(self, call: Call) -> None:
         try:
             deadline = self._send(call)
+            self.rest()
             assert self._peer is not None
             message = self._peer.receive(deadline, lambda: self._stopping == call.id)
         except TimeoutError:
@@ -143,6 +144,8 @@ class _ProcessWorker(Worker):
             if message is not None:
                 if has_output(message):
                     call.future.output = self._peer.take_output()
+                self._done()
+                # Last of all: whoever then lets go of the result shall find nobody else holding it.
                 report_end(call, message)
             else:
                 self._end(call, self._peer.death(f"while it ran {call.name!r}"), kill=False)
@@ -179,9 +182,12 @@ class _ProcessWorker(Worker):
         self._discard()
         call.fail(error)
 
+    def _done(self) -> None:
+        """The process has done a call."""
+
     def _let_go(self) -> None:
         """Let the process end by itself, while the next one is being started."""
-        self.rest()
+        assert self._leaving is None
         self._leaving, self._peer = self._peer, None
         if self._leaving is not None:
             self._leaving.hang_up()
@@ -274,8 +280,7 @@ class KeptProcessWorker(_ProcessWorker):
 class SpawnWorker(KeptProcessWorker):
     """A fresh interpreter for each call."""
 
-    def run(self, call: Call) -> None:
-        super().run(call)
+    def _done(self) -> None:
         self._let_go()
 
 
@@ -304,8 +309,7 @@ class ForkWorker(_ProcessWorker):
             forked=True,
         )
 
-    def run(self, call: Call) -> None:
-        super().run(call)
+    def _done(self) -> None:
         self._let_go()
 
 
