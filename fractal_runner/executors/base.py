@@ -283,8 +283,19 @@ class Executor(futures.Executor):
             self.shutdown()
             raise
 
+    def submit_as(self, name: str, key: str | None, fn: Callable[..., T], /, *args: Any) -> Future[T]:
+        """As `options(name=name, key=key).submit(fn, *args)`, for many calls in quick succession."""
+        return self._submit(self._options, fn, args, {}, name=name, key=key)
+
     def _submit(
-        self, options: CallOptions, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        options: CallOptions,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        name: str | None = None,
+        key: str | None = None,
     ) -> CallFuture:
         if os.getpid() != self._pid:
             raise RuntimeError(
@@ -299,6 +310,8 @@ class Executor(futures.Executor):
             context=self._context,
             keeper=self._calls,
             parent=parent,
+            name=name,
+            key=key,
         )
         future = call.future
         if not self._calls.add(call):
@@ -382,9 +395,16 @@ class View(Executor):
         self._executor._start(call)
 
     def _submit(
-        self, options: CallOptions, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        options: CallOptions,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        name: str | None = None,
+        key: str | None = None,
     ) -> CallFuture:
-        return self._executor._submit(options, fn, args, kwargs)
+        return self._executor._submit(options, fn, args, kwargs, name=name, key=key)
 
     def options(self, **options: Any) -> Executor:
         return View(self._executor, self._executor._checked(self._options.replaced(**options)))
@@ -599,7 +619,7 @@ def info_of(call: Call, *, state: str, **known: Any) -> TaskInfo:
         state=state,
         submitted=call.submitted,
         started=call.started,
-        key=call.options.key,
+        key=call.key,
         **known,
     )
 

@@ -223,6 +223,7 @@ class Call:
         id: its number in this process.
         fn, args, kwargs: what to call.
         options: what it asks for.
+        name, key: its own, which come before those of the options.
         future: what the caller has of it.
         context: what `current_context` is for it.
         keeper: who keeps account of it; there is one per executor.
@@ -232,7 +233,7 @@ class Call:
     """
 
     __slots__ = (
-        *("args", "context", "fn", "future", "id", "kwargs", "keeper", "name"),
+        *("args", "context", "fn", "future", "id", "key", "kwargs", "keeper", "name"),
         *("options", "parent", "started", "submitted"),
     )
 
@@ -246,13 +247,16 @@ class Call:
         context: Mapping[str, Any] = _EMPTY,
         keeper: Keeper | None = None,
         parent: Call | None = None,
+        name: str | None = None,
+        key: str | None = None,
     ) -> None:
         self.id = next(_numbers)
         self.fn = fn
         self.args = args
         self.kwargs = kwargs
         self.options = options
-        self.name = options.name or name_of(fn)
+        self.name = name or options.name or name_of(fn)
+        self.key = key or options.key
         self.context = context
         self.keeper = keeper
         self.parent = parent

@@ -207,11 +207,7 @@ class Executors:
         if not isinstance(executor, base.Executor):
             return Submitter(lambda _, __, fn, argument: executor.submit(fn, argument), [], environment)
         view, reduced = executor.fitting(**asked)
-
-        def submit(call: str, key: str, fn: Callable[[Any], Any], argument: Any) -> Future[Any]:
-            return view.options(name=call, key=key).submit(fn, argument)
-
-        return Submitter(submit, reduced, environment)
+        return Submitter(view.submit_as, reduced, environment)
 
     def tasks(self, name: str | None = None) -> list[TaskInfo]:
         """What the executor tells of its calls; nothing, if it cannot."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import queue
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 from fractal_runner.worker.spec import UnitResult
@@ -136,11 +136,10 @@ class Dispatch:
 
 
 def _ended(unit: Unit, future: Future[UnitResult]) -> Ended:
-    if future.cancelled():
-        return Ended(unit, None, CancelledError())
-    if (error := future.exception()) is not None:
+    try:
+        result: object = future.result()
+    except BaseException as error:  # the executor's own, CancelledError among them
         return Ended(unit, None, error)
-    result: object = future.result()
     if isinstance(result, UnitResult):
         return Ended(unit, result, None)
     return Ended(unit, None, TypeError(f"the executor returned {result!r:.200} instead of the unit's result"))

@@ -55,6 +55,7 @@ class Stage:
         self.task = task
         self.parallel = parallel
         self.name = "par" if parallel else "non_par"
+        self.folder = folder_name(task)
         half = "parallel" if parallel else "non_parallel"
         self.args: Mapping[str, Any] = getattr(task, f"args_{half}")
         command: str | None = getattr(task.task, f"command_{half}")
@@ -112,7 +113,7 @@ class Place:
 
     def folders(self) -> Iterator[Path]:
         """The directories that must be there, parents first."""
-        top = self.local / folder_name(self.stage.task)
+        top = self.local / self.stage.folder
         yield top
         if self.stage.parallel and self.count > BATCH_SIZE:
             for batch in range(-(-self.count // BATCH_SIZE)):
@@ -150,7 +151,7 @@ class Place:
         return str(self.local / self._folder(unit) / f"{self._prefix(unit, attempt)}-args.json")
 
     def _folder(self, unit: Unit) -> str:
-        name = folder_name(self.stage.task)
+        name = self.stage.folder
         if self.stage.parallel and self.count > BATCH_SIZE:
             return f"{name}/{unit.index // BATCH_SIZE:06d}"
         return name
