@@ -200,7 +200,7 @@ def versions() -> dict[str, str]:
     return {
         "python": platform.python_version(),
         "fractal_runner": fractal_runner.__version__,
-        "pydantic": version("pydantic"),
+        **{name: version(name) for name in ("pydantic", "loky", "labtech", "daglite")},
     }
 
 
