@@ -8,7 +8,7 @@ import threading
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from fractal_runner.executors.base import Executor, View, at_least_one, is_whole
 from fractal_runner.executors.calls import Call, CallOptions, TaskInfo
@@ -24,6 +24,8 @@ from fractal_runner.executors.local.workers import (
 )
 from fractal_runner.executors.slots import SlotPool
 from fractal_runner.quantities import format_size, parse_size, parse_time
+
+T = TypeVar("T")
 
 
 class SerialExecutor(Executor):
@@ -97,14 +99,14 @@ class LocalExecutor(Executor):
             raise ValueError(f"max_cpus={max_cpus!r} is not a whole number of at least 1")
         self._budget = Budget(
             cpus=max(usable_cpus(), workers) if max_cpus is None else max_cpus,
-            memory=None if max_memory is None else parse_size(max_memory),
+            memory=_parsed("max_memory", parse_size, max_memory),
         )
         self._dispatcher = Dispatcher(
             self._maker(Surroundings(self._context, slots)),
             max_workers=workers,
             budget=self._budget,
             places=slots,
-            idle_timeout=None if idle_timeout is None else parse_time(idle_timeout),
+            idle_timeout=_parsed("idle_timeout", parse_time, idle_timeout),
             name=self.name,
         )
         self._monitor = Monitor()
@@ -256,6 +258,13 @@ class _Known:
 if hasattr(os, "register_at_fork"):
     # A forked child ends through the same hook; the slots that it would wait for are its parent's.
     os.register_at_fork(after_in_child=_Known.reset)
+
+
+def _parsed(name: str, parse: Callable[[Any], T], value: Any) -> T | None:
+    try:
+        return None if value is None else parse(value)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def _close_soon(dispatcher: Dispatcher) -> None:
