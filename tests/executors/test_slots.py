@@ -213,7 +213,9 @@ def test_places_come_from_the_make_that_started_us(tmp_path: Path, top: Path, ga
     (tmp_path / "Makefile").write_text(
         f"all: a b\na b:\n\t+@{sys.executable} job.py {top} {gauge.folder} $@\n"
     )
-    environment = {name: value for name, value in os.environ.items() if name != "MAKEFLAGS"}
+    # A make of its own, also where the tests themselves were started by one.
+    of_make = {"MAKEFLAGS", "MAKELEVEL", "MFLAGS"}
+    environment = {name: value for name, value in os.environ.items() if name not in of_make}
     done = subprocess.run(
         ["make", "-j3"],
         cwd=tmp_path,
