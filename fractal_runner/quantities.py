@@ -1,7 +1,7 @@
-"""Sizes and times as people write them, parsed in one place.
+"""Sizes, times and counts as people write them, parsed in one place.
 
 Every layer that takes a memory size or a duration (a task's meta, an executor's options, a
-configuration file) calls these two functions; what does not parse is an error, never a default.
+configuration file) calls these functions; what does not parse is an error, never a default.
 """
 
 from __future__ import annotations
@@ -75,6 +75,17 @@ def parse_time(value: int | float | str) -> float:
     if seconds is None or not math.isfinite(seconds) or seconds <= 0:
         raise ValueError(_not_a_time(value))
     return seconds
+
+
+def parse_count(value: object, least: int = 1) -> int:
+    """`value`, which is to be a whole number of at least `least`; True and False are none.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{value!r} is not a whole number of at least {least}")
+    return value
 
 
 def format_size(size: int) -> str:

@@ -11,14 +11,10 @@ runs. Everything else is here, the same for all of them: options, futures as arg
 
 from __future__ import annotations
 
-import asyncio
-import itertools
 import logging
 import os
 import threading
-import time
 from abc import abstractmethod
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
 from concurrent.futures import Future
@@ -26,13 +22,14 @@ from types import MappingProxyType, TracebackType
 from typing import Any, Self, TypeVar
 
 from fractal_runner.errors import JobExecutionError
+from fractal_runner.executors.account import Calls
 from fractal_runner.executors.calls import Call, CallFuture, CallOptions, TaskInfo, current_call, name_of
+from fractal_runner.executors.mapping import mapped
+from fractal_runner.quantities import parse_count
 
 T = TypeVar("T")
 
 STOPPED = "CANCELLED"  # the `reason` of a call that `stop` has ended
-_UNASKED_LIMIT = 10_000
-_LOOK_S = 0.5  # how often who waits looks whether there was a Ctrl-C
 _logger = logging.getLogger("fractal_runner")
 
 
@@ -86,7 +83,7 @@ class Executor(futures.Executor):
         self.name = name or type(self).__name__
         self._context: Mapping[str, Any] = MappingProxyType({}) if context is None else context
         self._options = CallOptions()
-        self._calls = _Calls()
+        self._calls = Calls()
         self._pid = os.getpid()
 
     @abstractmethod
@@ -140,7 +137,9 @@ class Executor(futures.Executor):
             TypeError: for an option that there is not, naming the nearest one.
             ValueError: for a value that does not fit its option, or exceeds what the executor has.
         """
-        return View(self, self._checked(self._options.replaced(**options)))
+        chosen = self._options.replaced(**options)
+        self._check_options(chosen)
+        return View(self, chosen)
 
     def map(
         self,
@@ -164,11 +163,23 @@ class Executor(futures.Executor):
             ValueError, TypeError: if chunksize or buffersize is not a positive number.
             TimeoutError: from the iterator.
         """
-        return self._map(fn, iterables, timeout=timeout, chunksize=chunksize, buffersize=buffersize)
+        named = self._options.replaced(name=self._options.name or name_of(fn))
+
+        def submit(called: Callable[..., Any], row: tuple[Any, ...], index: int) -> Future[Any]:
+            return self._submit(named.replaced(map_index=index), called, row, {})
+
+        return mapped(submit, fn, iterables, timeout=timeout, chunksize=chunksize, buffersize=buffersize)
 
     async def run(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
         """Submit, and await the result. If the awaiting task is cancelled, the call is stopped."""
-        return await self._await(self.submit(fn, *args, **kwargs))
+        import asyncio  # takes longer to load than all the rest; who awaits has loaded it
+
+        future = self.submit(fn, *args, **kwargs)
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            self.stop(future)
+            raise
 
     def tasks(self) -> list[TaskInfo]:
         """A snapshot of the calls that have not ended, those that run first."""
@@ -327,54 +338,10 @@ class Executor(futures.Executor):
     def _start_safely(self, call: Call) -> None:
         try:
             self._start(call)
-        except BaseException as error:
+        except BaseException as error:  # a Ctrl-C here, too, must not leave a future without an end
             call.fail(error)
             if not isinstance(error, Exception):
                 raise
-
-    def _checked(self, options: CallOptions) -> CallOptions:
-        self._check_options(options)
-        return options
-
-    async def _await(self, future: Future[T]) -> T:
-        try:
-            return await asyncio.wrap_future(future)
-        except asyncio.CancelledError:
-            self.stop(future)
-            raise
-
-    def _map(
-        self,
-        fn: Callable[..., T],
-        iterables: Sequence[Iterable[Any]],
-        *,
-        timeout: float | None,
-        chunksize: int,
-        buffersize: int | None,
-    ) -> Iterator[T]:
-        if chunksize < 1:
-            raise ValueError(f"chunksize must be >= 1, not {chunksize!r}")
-        if buffersize is not None:
-            if not is_whole(buffersize):
-                raise TypeError(f"buffersize must be an integer or None, not {buffersize!r}")
-            if buffersize < 1:
-                raise ValueError(f"buffersize must be None or > 0, not {buffersize!r}")
-        deadline = None if timeout is None else time.monotonic() + timeout
-        rows: Iterator[tuple[Any, ...]] = zip(*iterables, strict=False)
-        numbers = itertools.count()
-        if chunksize == 1:
-            named = self._options
-        else:
-            rows = ((fn, chunk) for chunk in _chunks(rows, chunksize))
-            named = self._options.replaced(name=self._options.name or name_of(fn))
-
-        def submit(row: tuple[Any, ...]) -> CallFuture:
-            numbered = named.replaced(map_index=next(numbers))
-            return self._submit(numbered, fn if chunksize == 1 else _call_chunk, row, {})
-
-        ahead = deque(submit(row) for row in itertools.islice(rows, _in_chunks(buffersize, chunksize)))
-        results = _results(ahead, rows if buffersize is not None else iter(()), submit, deadline)
-        return results if chunksize == 1 else itertools.chain.from_iterable(results)
 
 
 class View(Executor):
@@ -407,7 +374,9 @@ class View(Executor):
         return self._executor._submit(options, fn, args, kwargs, name=name, key=key)
 
     def options(self, **options: Any) -> Executor:
-        return View(self._executor, self._executor._checked(self._options.replaced(**options)))
+        chosen = self._options.replaced(**options)
+        self._executor._check_options(chosen)
+        return View(self._executor, chosen)
 
     def fitting(self, **options: Any) -> tuple[Executor, list[str]]:
         view, reduced = self._executor.fitting(**options)
@@ -443,126 +412,6 @@ class View(Executor):
         self._executor.__exit__(kind, error, traceback)
 
 
-class _Calls:
-    """The calls of an executor that have not ended, and those that ended and were not asked.
-
-    A future that has ended is kept only until somebody has its result, so that nothing is held for a
-    caller that has let go of it.
-
-    Every call passes here several times, from several threads, so there is no lock on its way: each step
-    is one operation on a dictionary, which is atomic, and their order makes up for the rest. (A lock that
-    two busy threads share makes each of them wait for the interpreter at every turn.) Only who waits
-    takes `_lock`, and is looked for last by whoever changes something.
-    """
-
-    def __init__(self) -> None:
-        # `with` the lock itself: in the condition's own Python code, a Ctrl-C could leave it locked.
-        self._lock = threading.RLock()  # the collector may end a future while it is held
-        self._changed = threading.Condition(self._lock)
-        self._waiting = 0  # guarded by `_lock`
-        self._closed = False
-        self._pending: dict[Future[Any], Call] = {}
-        self._ending: dict[Future[Any], int] = {}  # on their way out of `_pending` -> by which thread
-        self._unasked: dict[CallFuture, None] = {}
-
-    def __len__(self) -> int:
-        return len(self._pending)
-
-    def all(self) -> list[Call]:
-        return list(self._pending.values())
-
-    def of(self, chosen: Iterable[Future[Any]]) -> list[Call]:
-        return [call for future in chosen if (call := self._pending.get(future)) is not None]
-
-    def add(self, call: Call) -> bool:
-        """Take in a call; False if no more are taken."""
-        self._pending[call.future] = call
-        if self._closed:
-            self._pending.pop(call.future, None)  # unless it was cancelled in this very moment
-            return False
-        return True
-
-    def close(self) -> bool:
-        """Take no more calls; whether it is the first time that it is said."""
-        with self._lock:
-            first, self._closed = not self._closed, True
-            return first
-
-    def ending(self, future: CallFuture) -> None:
-        """Before anybody can see the future's end: whoever sees it does not find it pending."""
-        self._ending[future] = threading.get_ident()
-        if (call := self._pending.pop(future, None)) is not None:  # None: `add` took it back
-            call.release()
-
-    def ended(self, future: CallFuture) -> None:
-        """Once the future has ended."""
-        if not future.cancelled():
-            self._unasked[future] = None
-            if future.asked:
-                self._unasked.pop(future, None)
-            elif len(self._unasked) > _UNASKED_LIMIT:
-                self._first_unasked()
-        del self._ending[future]
-        if self._waiting:
-            with self._lock:
-                self._changed.notify_all()
-
-    def asked(self, future: CallFuture) -> None:
-        """Somebody has the future's result."""
-        future.asked = True
-        self._unasked.pop(future, None)
-
-    def completed(self, timeout: float | None) -> Iterator[Future[Any]]:
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while (future := self._next_finished(deadline)) is not None:
-            yield future
-            del future
-
-    def is_ending_one(self) -> bool:
-        """Whether this very thread is about to end a future: it calls back."""
-        return threading.get_ident() in list(self._ending.values())
-
-    def wait_until_empty(self) -> None:
-        while self._pending or self._ending:
-            self._wait(lambda: bool(self._pending or self._ending), None)
-
-    def _next_finished(self, deadline: float | None) -> CallFuture | None:
-        while (future := self._first_unasked()) is None:
-            if not self._pending and not self._ending:
-                return self._first_unasked()
-            left = None if deadline is None else deadline - time.monotonic()
-            if left is not None and left <= 0:
-                raise TimeoutError(f"{len(self._pending)} call(s) are still pending")
-            self._wait(lambda: not self._unasked and bool(self._pending or self._ending), left)
-        return future
-
-    def _first_unasked(self) -> CallFuture | None:
-        """Take the future that finished first."""
-        while True:
-            try:
-                future = next(iter(self._unasked))
-                del self._unasked[future]
-            except StopIteration:
-                return None
-            except (KeyError, RuntimeError):
-                continue  # another thread was faster
-            return future
-
-    def _wait(self, still: Callable[[], bool], seconds: float | None) -> None:
-        """Wait for a change, if there is `still` something to wait for, but not for long.
-
-        A Ctrl-C that comes between a thread's last look at signals and its going to sleep does not wake
-        it, so it has to look now and then.
-        """
-        with self._lock:
-            self._waiting += 1
-            try:
-                if still():
-                    self._changed.wait(_LOOK_S if seconds is None else min(seconds, _LOOK_S))
-            finally:
-                self._waiting -= 1
-
-
 class _Arguments:
     """The futures among a call's arguments, waited for without a thread. `_lock` guards `_missing`."""
 
@@ -589,7 +438,7 @@ class _Arguments:
         try:
             call.args = tuple(map(_value_of, call.args))
             call.kwargs = {name: _value_of(value) for name, value in call.kwargs.items()}
-        except BaseException as error:
+        except BaseException as error:  # the argument's own: a CancelledError, a SystemExit
             call.fail(error)
         else:
             self._start(call)
@@ -601,14 +450,12 @@ def at_least_one(max_workers: int) -> int:
     Raises:
         ValueError: if it is not a positive whole number.
     """
-    if not is_whole(max_workers) or max_workers < 1:
-        raise ValueError(f"max_workers must be greater than 0 and a whole number, not {max_workers!r}")
-    return max_workers
-
-
-def is_whole(value: object) -> bool:
-    """Whether it is a whole number; True and False are none."""
-    return isinstance(value, int) and not isinstance(value, bool)
+    try:
+        return parse_count(max_workers)
+    except ValueError:
+        raise ValueError(
+            f"max_workers must be greater than 0 and a whole number, not {max_workers!r}"
+        ) from None
 
 
 def info_of(call: Call, *, state: str, **known: Any) -> TaskInfo:
@@ -632,45 +479,3 @@ def stopped_error(call: Call, *, left_running: bool = False) -> JobExecutionErro
 
 def _value_of(argument: Any) -> Any:
     return argument.result() if isinstance(argument, Future) else argument
-
-
-def _chunks(rows: Iterator[tuple[Any, ...]], size: int) -> Iterator[tuple[tuple[Any, ...], ...]]:
-    while chunk := tuple(itertools.islice(rows, size)):
-        yield chunk
-
-
-def _call_chunk(fn: Callable[..., T], rows: Sequence[tuple[Any, ...]]) -> list[T]:
-    return [fn(*row) for row in rows]
-
-
-def _in_chunks(buffersize: int | None, chunksize: int) -> int | None:
-    return None if buffersize is None else max(1, -(-buffersize // chunksize))
-
-
-def _results(
-    ahead: deque[CallFuture],
-    rows: Iterator[tuple[Any, ...]],
-    submit: Callable[[tuple[Any, ...]], CallFuture],
-    deadline: float | None,
-) -> Iterator[Any]:
-    """Results in order, one more call being made for each that is taken. What is left is cancelled."""
-    try:
-        while ahead:
-            if (row := next(rows, None)) is not None:
-                ahead.append(submit(row))
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            # Neither this frame nor the queue may keep a future whose result somebody else has now.
-            yield _result_or_cancel(ahead.popleft(), left)
-    finally:
-        for future in ahead:
-            future.cancel()
-
-
-def _result_or_cancel(future: CallFuture, timeout: float | None) -> Any:
-    try:
-        try:
-            return future.result(timeout)
-        finally:
-            future.cancel()
-    finally:
-        del future

@@ -19,7 +19,7 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 from fractal_runner.errors import did_you_mean
-from fractal_runner.quantities import parse_size, parse_time
+from fractal_runner.quantities import parse_count, parse_size, parse_time
 
 ContextFilter = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
@@ -291,7 +291,7 @@ class Call:
         """Do and end it, once it has begun. Whatever it raises is its own: SystemExit, too."""
         try:
             result = self.returned()
-        except BaseException as error:
+        except BaseException as error:  # also what would end the thread: it is the work's, not ours
             self.fail(error)
         else:
             self.succeed(result)
@@ -362,15 +362,6 @@ def _text(value: Any) -> str | None:
     raise ValueError(f"{value!r} is not a text of at least one character")
 
 
-def _whole(least: int) -> Callable[[Any], int]:
-    def parse(value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{value!r} is not a whole number of at least {least}")
-        return value
-
-    return parse
-
-
 def _or_none(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda value: None if value is None else parse(value)
 
@@ -389,13 +380,14 @@ def _extra(value: Any) -> Mapping[str, Any]:
     return MappingProxyType(dict(value))
 
 
+_from_0 = functools.partial(parse_count, least=0)
 _PARSERS: dict[str, Callable[[Any], Any]] = {
     "key": _text,
     "name": _text,
-    "map_index": _or_none(_whole(0)),
-    "cpus": _whole(1),
+    "map_index": _or_none(_from_0),
+    "cpus": parse_count,
     "memory": _or_none(parse_size),
-    "gpus": _whole(0),
+    "gpus": _from_0,
     "time": _or_none(parse_time),
     "queue": _text,
     "account": _text,

@@ -34,7 +34,7 @@ _PLACES = {
     "thread": f"{_LOCAL}:ThreadExecutor",
 }
 # What a configuration or a command line cannot give.
-_NOT_BY_NAME = frozenset({"self", "context", "slots"})
+_NOT_BY_NAME = frozenset({"context", "slots"})
 
 
 def names() -> list[str]:

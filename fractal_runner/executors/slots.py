@@ -7,7 +7,6 @@ so a `make -j` that a call starts takes its places from the same stock.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
 import fcntl
@@ -23,14 +22,19 @@ import threading
 import time
 from collections import deque
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-from fractal_runner.executors.base import is_whole
 from fractal_runner.executors.cpus import usable_cpus
+from fractal_runner.quantities import parse_count
+
+if TYPE_CHECKING:
+    import asyncio
 
 _AUTH = re.compile(r"--jobserver-(?:auth|fds)=(?:fifo:(?P<path>\S+)|(?P<read>-?\d+),(?P<write>-?\d+))")
 _MAKE_TIMEOUT_S = 10.0
 _TOKEN = b"+"
+_TURN_S = 0.1
+_PAUSE_S = 0.01
 
 
 class SlotPool:
@@ -48,8 +52,10 @@ class SlotPool:
     """
 
     def __init__(self, size: int | None = None, *, makeflags: str | None = None) -> None:
-        if size is not None and (not is_whole(size) or size < 1):
-            raise ValueError(f"size={size!r} is not a whole number of at least 1")
+        try:
+            size = None if size is None else parse_count(size)
+        except ValueError as error:
+            raise ValueError(f"size: {error}") from None
         given = os.environ.get("MAKEFLAGS", "") if makeflags is None else makeflags
         matches = list(_AUTH.finditer(given))
         self._lock = threading.Lock()  # guards what is taken, and the implicit place
@@ -89,9 +95,9 @@ class SlotPool:
             if left is not None and left <= 0:
                 return False
             # Short turns: a place may also come free without a token in the pipe.
-            poll.poll(1000 * min(0.1, 0.1 if left is None else left))
+            poll.poll(1000 * (_TURN_S if left is None else min(_TURN_S, left)))
             if self._is_full():
-                time.sleep(0.01)
+                time.sleep(_PAUSE_S)  # there are tokens, so poll does not wait, and none is for us
         return True
 
     def release(self) -> None:
@@ -113,15 +119,17 @@ class SlotPool:
 
     async def acquire_slot(self) -> None:
         """Take a place, waiting for one without holding up the event loop."""
+        import asyncio  # takes longer to load than all the rest, and few pools are awaited
+
         loop = asyncio.get_running_loop()
         while not self._try():
             fd = os.dup(self._read)  # a loop watches a descriptor once
             arrived: asyncio.Future[None] = loop.create_future()
             loop.add_reader(fd, _tell, arrived)
             try:
-                await asyncio.wait([arrived], timeout=0.1)
+                await asyncio.wait([arrived], timeout=_TURN_S)
                 if self._is_full():
-                    await asyncio.sleep(0.01)
+                    await asyncio.sleep(_PAUSE_S)
             finally:
                 loop.remove_reader(fd)
                 os.close(fd)

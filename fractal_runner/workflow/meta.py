@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from fractal_runner.quantities import format_size, format_time, parse_size, parse_time
+from fractal_runner.quantities import format_size, format_time, parse_count, parse_size, parse_time
 
 # Keys that only a scheduler understands; they mean nothing to a local executor, and are no mistake.
 _SCHEDULER_KEYS = frozenset(
@@ -84,15 +85,6 @@ def read_meta(*layers: Mapping[str, Any]) -> Resources:
     return Resources(**values, unknown=tuple(sorted(meta.keys() - _FIELDS.keys() - _SCHEDULER_KEYS)))
 
 
-def _count(least: int) -> Callable[[Any], int]:
-    def parse(value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{value!r} is not a whole number of at least {least}")
-        return value
-
-    return parse
-
-
 def _name(value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise ValueError(f"{value!r} is not the name of an executor")
@@ -100,9 +92,9 @@ def _name(value: Any) -> str:
 
 
 _FIELDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
-    "cpus_per_task": ("cpus", _count(1)),
+    "cpus_per_task": ("cpus", parse_count),
     "mem": ("memory", parse_size),
-    "gpus": ("gpus", _count(0)),
+    "gpus": ("gpus", partial(parse_count, least=0)),
     "time": ("time_s", parse_time),
     "timeout": ("timeout_s", parse_time),
     "executor": ("executor", _name),

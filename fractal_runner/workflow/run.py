@@ -297,8 +297,9 @@ class Run:
         submitter = self._executors.submitter(
             name, cpus=wanted.cpus, memory=wanted.memory, gpus=wanted.gpus, time=wanted.time_s
         )
-        for sentence in submitter.reduced:
-            self._logger.warning("%s: %s: it gets that many", title(stage.task), sentence)
+        if submitter.reduced:
+            reasons = "; ".join(submitter.reduced)
+            self._logger.warning("%s: %s: its units get what there is", title(stage.task), reasons)
         place = replace(place, env=(*submitter.environment.items(), *self._env))
         self._make_folders(place)
 

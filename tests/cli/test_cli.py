@@ -248,7 +248,7 @@ def test_the_first_ctrl_c_lets_what_runs_finish(files: Any, tmp_path: Path, exec
     wait_for(lambda: len(list(tmp_path.glob("started.*"))) == 1)
 
     run.send_signal(signal.SIGINT)
-    time.sleep(0.5)
+    time.sleep(0.5)  # the unit ends only after the signal has been taken
     (tmp_path / "go").touch()
     _, stderr = run.communicate(timeout=60)
 
@@ -266,7 +266,7 @@ def test_over_serial_the_second_ctrl_c_ends_what_runs(files: Any, tmp_path: Path
     wait_for(lambda: (tmp_path / "pid").exists() and bool((tmp_path / "pid").read_text().strip()))
 
     run.send_signal(signal.SIGINT)
-    time.sleep(0.5)
+    time.sleep(0.5)  # two signals of one number that come at once are one
     run.send_signal(signal.SIGINT)
     _, stderr = run.communicate(timeout=60)
 
@@ -276,12 +276,11 @@ def test_over_serial_the_second_ctrl_c_ends_what_runs(files: Any, tmp_path: Path
     wait_for(lambda: not _runs(int((tmp_path / "pid").read_text())))
 
 
-def test_on_a_terminal_there_are_bars(files: Any, tmp_path: Path) -> None:
-    workflow, dataset = files("true")
+def on_a_terminal(folder: Path, *words: str | Path) -> str:
+    """Runs the program with a terminal for its standard error; all that it shows there."""
     ours, theirs = pty.openpty()
-    words = [PROGRAM, "run", str(workflow), "--dataset", str(dataset), "--workflow-dir", "r"]
-    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "120"}
-    with subprocess.Popen(words, cwd=tmp_path, stderr=theirs, env=environment) as run:
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "120", "LINES": "30"}
+    with subprocess.Popen([PROGRAM, *map(str, words)], cwd=folder, stderr=theirs, env=environment) as run:
         os.close(theirs)
         shown = b""
         try:
@@ -290,27 +289,23 @@ def test_on_a_terminal_there_are_bars(files: Any, tmp_path: Path) -> None:
         except OSError:  # Linux's answer when the other end is closed
             os.close(ours)
     assert run.returncode == 0
-    assert b"3/3" in shown
+    return shown.decode()
+
+
+def test_on_a_terminal_there_are_bars(files: Any, tmp_path: Path) -> None:
+    workflow, dataset = files("true")
+
+    assert "3/3" in on_a_terminal(tmp_path, "run", workflow, "--dataset", dataset, "--workflow-dir", "r")
 
 
 def test_on_a_terminal_running_units_are_listed(files: Any, tmp_path: Path) -> None:
     workflow, dataset = files(shell("sleep 2.5"))
-    ours, theirs = pty.openpty()
-    words = [PROGRAM, "run", str(workflow), "--dataset", str(dataset), "--workflow-dir", "r"]
-    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "120", "LINES": "30"}
-    with subprocess.Popen(words, cwd=tmp_path, stderr=theirs, env=environment) as run:
-        os.close(theirs)
-        shown = b""
-        try:
-            while part := os.read(ours, 4096):
-                shown += part
-        except OSError:
-            os.close(ours)
-    assert run.returncode == 0
-    text = shown.decode()
-    assert "memory" in text
-    assert "Task 0 1 " in text
-    assert os.uname().nodename in text
+
+    shown = on_a_terminal(tmp_path, "run", workflow, "--dataset", dataset, "--workflow-dir", "r")
+
+    assert "memory" in shown
+    assert "Task 0 1 " in shown
+    assert os.uname().nodename in shown
 
 
 def test_filters_are_read_as_json_scalars_or_text_and_written_back() -> None:

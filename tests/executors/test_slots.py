@@ -263,7 +263,7 @@ def test_size_bounds_what_is_taken_of_makes_places(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [0, -1, True, "2", 1.5])
 def test_a_size_is_a_positive_whole_number(size: Any) -> None:
-    with pytest.raises(ValueError, match=re.escape(f"size={size!r} is not a whole number")):
+    with pytest.raises(ValueError, match=re.escape(f"size: {size!r} is not a whole number")):
         SlotPool(size)
 
 

@@ -200,7 +200,7 @@ class _Forward(logging.Handler):
             except Exception:  # some `extra` that cannot travel: its text can
                 data = pickle.dumps({name: _portable(value) for name, value in values.items()})
             self._reporter.send(LOG + data)
-        except Exception:
+        except Exception:  # as every handler of the standard library: logging never ends the work
             self.handleError(record)
 
 
@@ -247,19 +247,19 @@ def _do(reporter: _Reporter, call: Call) -> None:
     """Do a call and report its end: whatever it raises is its own."""
     try:
         result = call.returned()
-    except BaseException as error:
+    except BaseException as error:  # SystemExit, too: it is the call's, and the worker goes on
         # Without the frames of this module; the caller sees the text as the cause of what it gets.
         text = _text_of(error.with_traceback(error.__traceback__ and error.__traceback__.tb_next))
         try:
             pickled = cloudpickle.dumps(error)
-        except Exception:
+        except Exception:  # pickling runs the exception's own code; all about it is told in words as well
             pickled = None
         report = pickled, type(error).__module__, type(error).__qualname__, _safe_str(error), text
         reporter.end(RAISED, report)
         return
     try:
         reporter.end(RESULT, result)
-    except BaseException as error:
+    except BaseException as error:  # pickling runs the result's own code
         reporter.failed(f"returned a {type(result).__qualname__}, which cannot be pickled", error)
 
 
@@ -296,7 +296,7 @@ def _flush() -> None:
 def _portable(value: Any) -> Any:
     try:
         pickle.dumps(value)
-    except Exception:
+    except Exception:  # pickling runs the value's own code
         return repr(value)
     return value
 
@@ -304,7 +304,7 @@ def _portable(value: Any) -> Any:
 def _safe_str(error: BaseException) -> str:
     try:
         return str(error)
-    except Exception as another:
+    except Exception as another:  # an exception's __str__ is anybody's code
         return f"<its message cannot be made: {type(another).__name__}>"
 
 

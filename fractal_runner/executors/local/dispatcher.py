@@ -31,9 +31,8 @@ class Worker(ABC):
     def run(self, call: Call) -> None:
         """Do a call that has begun, and end it. Must not raise."""
 
-    def stop(self, call: Call) -> bool:
-        """End `call` if it is the one that runs here; whether the slot's thread will see to its end."""
-        return True
+    def stop(self, call: Call) -> None:  # noqa: B027  a thread cannot do it
+        """Ask for the end of `call`, if it is the one that runs here; the slot's thread sees to it."""
 
     def rest(self) -> None:  # noqa: B027  not every worker has something to do then
         """There is no call for it at the moment."""

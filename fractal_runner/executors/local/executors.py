@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
-from fractal_runner.executors.base import Executor, View, at_least_one, is_whole
+from fractal_runner.executors.base import Executor, View, at_least_one
 from fractal_runner.executors.calls import Call, CallOptions, TaskInfo
 from fractal_runner.executors.cpus import usable_cpus
 from fractal_runner.executors.local.dispatcher import Budget, Dispatcher, Worker
@@ -23,7 +23,7 @@ from fractal_runner.executors.local.workers import (
     ThreadWorker,
 )
 from fractal_runner.executors.slots import SlotPool
-from fractal_runner.quantities import format_size, parse_size, parse_time
+from fractal_runner.quantities import format_size, parse_count, parse_size, parse_time
 
 T = TypeVar("T")
 
@@ -57,7 +57,7 @@ class SerialExecutor(Executor):
         try:
             if call.begin():
                 call.succeed(call.returned())
-        except BaseException as error:
+        except BaseException as error:  # whatever it is, it is the call's
             call.fail(error)
             if isinstance(error, KeyboardInterrupt):
                 raise  # Ctrl-C is the caller's, whose thread this is
@@ -95,10 +95,8 @@ class LocalExecutor(Executor):
     ) -> None:
         workers = usable_cpus() if max_workers is None else at_least_one(max_workers)
         super().__init__(max_workers=workers, name=name, context=context)
-        if max_cpus is not None and (not is_whole(max_cpus) or max_cpus < 1):
-            raise ValueError(f"max_cpus={max_cpus!r} is not a whole number of at least 1")
         self._budget = Budget(
-            cpus=max(usable_cpus(), workers) if max_cpus is None else max_cpus,
+            cpus=_parsed("max_cpus", parse_count, max_cpus) or max(usable_cpus(), workers),
             memory=_parsed("max_memory", parse_size, max_memory),
         )
         self._dispatcher = Dispatcher(
@@ -137,7 +135,7 @@ class LocalExecutor(Executor):
         if memory is not None and (wanted.memory or 0) > memory:
             asked = format_size(wanted.memory or 0)
             reduced.append(f"{asked} of memory are more than the {format_size(memory)} of {self.name}")
-            options["memory"] = memory / 10**6
+            options["memory"] = f"{memory}B"
         return View(self, self._options.replaced(**options)), reduced
 
     def _check_options(self, options: CallOptions) -> None:
@@ -197,9 +195,9 @@ class ThreadExecutor(LocalExecutor):
 class ProcessExecutor(LocalExecutor):
     """Runs calls in processes that are kept for the next call; a fresh interpreter each, by loky.
 
-    A process has a copy of `context` as of the process's start; functions and arguments travel by
-    cloudpickle. A process that dies takes its own call with it, and no other. Arguments: see
-    `LocalExecutor`.
+    A process has a copy of `context` as of the process's start; functions and arguments travel by pickle,
+    those that it cannot do by cloudpickle. A process that dies takes its own call with it, and no other.
+    Arguments: see `LocalExecutor`.
     """
 
     isolates = True

@@ -103,7 +103,7 @@ class Peer:
                     self._process.start()
                 finally:
                     signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        except BaseException:
+        except BaseException:  # a Ctrl-C, too, must leave no descriptor behind
             self._line.close()
             ours.close()
             self._output.close()
@@ -127,7 +127,7 @@ class Peer:
             raise NotStartedError(
                 f"a worker process (pid {self.pid}) has not started in {format_time(start_timeout)}"
             ) from None
-        except BaseException:
+        except BaseException:  # nor a process
             self.close()
             raise
 

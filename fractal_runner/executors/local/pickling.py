@@ -24,8 +24,8 @@ def dump(kind: bytes, value: Any) -> memoryview:
             buffer = io.BytesIO()
             buffer.write(kind)
             pickle.Pickler(buffer, pickle.HIGHEST_PROTOCOL).dump(value)
-        except Exception:
-            buffer = io.BytesIO()  # cloudpickle will do it, or say why it cannot be done
+        except Exception:  # pickling runs anybody's code; cloudpickle does it, or says why it cannot
+            buffer = io.BytesIO()
         else:
             if b"__main__" not in (message := buffer.getvalue()):
                 return memoryview(message)

@@ -33,7 +33,7 @@ def report_end(call: Call, message: memoryview) -> None:
     if kind == child.RESULT:
         try:
             result = pickle.loads(body)
-        except BaseException as error:
+        except BaseException as error:  # unpickling runs the result's own code
             failure = ExecutorError(f"The result of {call.name!r} could not be unpickled: {error}")
             failure.__cause__ = error
             call.fail(failure)
@@ -65,7 +65,7 @@ def dump_call(call: Call) -> memoryview:
     """
     try:
         return dump(child.CALL, (call.fn, call.args, call.kwargs))
-    except Exception as error:
+    except Exception as error:  # pickling runs the arguments' own code
         named = [("the function", call.fn)]
         named += [(f"argument {place} (counted from 0)", value) for place, value in enumerate(call.args)]
         named += [(f"argument {name!r}", value) for name, value in call.kwargs.items()]
@@ -82,7 +82,7 @@ def dump_call(call: Call) -> memoryview:
 def _pickling_error(value: Any) -> Exception | None:
     try:
         cloudpickle.dumps(value)
-    except Exception as error:
+    except Exception as error:  # whatever it is, it is the answer
         return error
     return None
 
@@ -95,7 +95,7 @@ def _raised(call: Call, report: child.Raised) -> BaseException:
     if pickled is not None:
         try:
             error = pickle.loads(pickled)
-        except BaseException as unpickling:
+        except BaseException as unpickling:  # its __init__ is anybody's code
             problem = f"cannot be unpickled ({type(unpickling).__name__}: {unpickling})"
     if not isinstance(error, BaseException):
         type_name = name if module == "builtins" else f"{module}.{name}"

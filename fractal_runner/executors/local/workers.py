@@ -12,7 +12,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 import cloudpickle
-from loky.backend import get_context
+from loky.backend import get_context  # here: once the interpreter ends, it cannot be loaded any more
 
 from fractal_runner.errors import ExecutorError, JobExecutionError
 from fractal_runner.executors.base import stopped_error
@@ -58,9 +58,6 @@ class ThreadWorker(Worker):
             if timer is not None:
                 timer.cancel()
             thread.name = before
-
-    def stop(self, call: Call) -> bool:
-        return False
 
     def _exceeded(self, call: Call) -> None:
         # In this order: whoever sees the future's end may shut down, which waits for threads not left.
@@ -110,9 +107,8 @@ class _ProcessWorker(Worker):
         peer = self._peer
         return None if peer is None else peer.pid
 
-    def stop(self, call: Call) -> bool:
+    def stop(self, call: Call) -> None:
         self._stopping = call.id
-        return True
 
     def rest(self) -> None:
         leaving, self._leaving = self._leaving, None
@@ -339,7 +335,7 @@ def timeout_error(call: Call, what_became_of_it: str) -> TimeoutError:
 def _dump_context(call: Call) -> bytes:
     try:
         pickled: bytes = cloudpickle.dumps(dict(call.options.context_of(call.context)))
-    except Exception as error:
+    except Exception as error:  # pickling runs anybody's code
         raise ExecutorError(
             f"The context of the call {call.name!r} cannot be sent to a worker process: {error}. "
             "A context_filter leaves out what cannot, or what the call does not need."
