@@ -136,6 +136,24 @@ class JobExecutionError(_UnitError):
         return "\n\n".join(parts)
 
 
+class HistoryError(RuntimeError):
+    """A run's history cannot be opened, read or written; the message says why, and which one it is."""
+
+
+class RunBusyError(RuntimeError):
+    """Another coordinator is at work on a run directory.
+
+    Attributes:
+        host: the node it runs on.
+        pid: its process id there.
+    """
+
+    def __init__(self, message: str = "", *, host: str = "", pid: int = 0) -> None:
+        super().__init__(message)
+        self.host = host
+        self.pid = pid
+
+
 class ExecutorError(RuntimeError):
     """What a call was given, returned or raised could not be carried between processes.
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 _PROC = "/proc"
 _PAUSE_S = 0.02
+_COUNTING_ERROR = 4 << 20
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
@@ -43,6 +44,13 @@ class Identity:
 def identify(pid: int) -> Identity:
     """The identity of the live process `pid` of this host."""
     return Identity(host_name(), boot_id(), pid, start_ticks(pid))
+
+
+def is_same_process(who: Identity) -> bool:
+    """Whether the process of this identity still runs on this host."""
+    if who.host != host_name() or (who.boot_id and boot_id() and who.boot_id != boot_id()):
+        return False
+    return is_running(who.pid) and (who.start_ticks is None or start_ticks(who.pid) == who.start_ticks)
 
 
 @functools.cache
@@ -84,10 +92,11 @@ def peak_rss_of(ru_maxrss: int, parent_peak: int) -> int:
     """The peak memory that wait4 reports of a child, in bytes, or 0 where it tells nothing.
 
     A child starts as its parent's image, and the kernel keeps the larger figure across exec: only what
-    exceeds the parent's own peak was reached by the child itself.
+    clearly exceeds the parent's own peak was reached by the child itself. The kernel counts pages per CPU
+    and adds them up when it pleases, so two figures of one process may differ a little.
     """
     peak = _maxrss_bytes(ru_maxrss)
-    return peak if peak > parent_peak else 0
+    return peak if peak > parent_peak * 1.02 + _COUNTING_ERROR else 0
 
 
 def sample_memory(pid: int) -> int:

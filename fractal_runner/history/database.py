@@ -1,0 +1,299 @@
+"""Where a history lies: a SQLite file beside the run, or any database that SQLAlchemy knows.
+
+Here is what differs between them: how they are opened, which of their errors pass by themselves, and
+what the others mean. What is written is `writing`'s affair.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+from sqlalchemy import Connection, Engine, UpdateBase, create_engine, event
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+
+from fractal_runner.errors import HistoryError
+from fractal_runner.history import schema
+
+T = TypeVar("T")
+
+PATIENCE_S = 120.0
+
+_PAUSES_S = (0.1, 0.2, 0.5, 1.0)
+_CONNECT_S = 10
+_BUSY_S = 10.0
+_logger = logging.getLogger("fractal_runner")
+# Where a write-ahead log does not work for readers on other hosts (sqlite.org/wal.html, "overview").
+_SHARED_FILE_SYSTEMS = frozenset(
+    {
+        *("nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs", "beegfs", "ceph", "glusterfs", "afs"),
+        *("9p", "orangefs", "panfs", "wekafs", "virtiofs", "gfs2", "ocfs2", "acfs", "pvfs2", "quobyte"),
+    }
+)
+# What SQLite says (sqlite.org/rescode.html) when waiting does not help, and what that means.
+_LASTING = (
+    ("disk is full", "the disk is full"),
+    ("readonly database", "it can be read, but not written"),
+    ("unable to open", "it cannot be opened: its directory, or its permissions, do not allow it"),
+    ("malformed", "it is damaged (a copy from a backup may replace it)"),
+    ("not a database", "it is no SQLite database, or a damaged one (a copy from a backup may replace it)"),
+    ("disk I/O error", "its disk does not work, or is full"),
+)
+# What drivers say when the database, or the way to it, is away for a while, or another one writes.
+_PASSING = (
+    *("locked", "connection", "could not connect", "starting up", "shutting down", "terminating"),
+    *("server closed", "timeout", "timed out", "recovery mode", "deadlock", "serialize", "broken pipe"),
+)
+
+
+class Database:
+    """A database with the history's tables.
+
+    Args:
+        url: an SQLAlchemy URL ("postgresql+psycopg://user@host/name"), or the path of a SQLite file.
+        create: make the tables, or bring older ones up to date; a reader does not.
+        patience_s: seconds for which one that has gone away is waited for, once it was reached.
+        at_commit: called with "before" and "after" around each commit.
+        sleep: how to wait.
+
+    Attributes:
+        name: what messages call it; without a password.
+
+    Raises:
+        HistoryError: if it cannot be opened, or a newer version wrote it.
+        ValueError: if the URL is not one, or its driver is missing.
+    """
+
+    def __init__(
+        self,
+        url: str | os.PathLike[str],
+        *,
+        create: bool = True,
+        patience_s: float = PATIENCE_S,
+        at_commit: Callable[[str], None] = lambda when: None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.url = parse_url(url)
+        is_file = self.url.get_backend_name() == "sqlite"
+        self.path = Path(self.url.database or "") if is_file else None
+        self.name = str(self.path or self.url.render_as_string(hide_password=True))
+        self._patience_s = patience_s
+        self._at_commit = at_commit
+        self._sleep = sleep
+        if self.path is not None and not create and not self.path.exists():
+            raise HistoryError(f"There is no history {self.path}.")
+        self._engine = _engine(self.url, writes=create)
+        try:
+            if create:
+                self.write(lambda connection: schema.prepare(connection, self.name), patience_s=0)
+            else:
+                with self.reading() as connection:
+                    schema.expect_readable(connection, self.name)
+        except BaseException:
+            self.close()
+            raise
+
+    def write(
+        self,
+        work: Callable[[Connection], T],
+        *,
+        patience_s: float | None = None,
+        give_up: Callable[[], bool] = lambda: False,
+    ) -> T:
+        """Do `work` in one transaction, and again while the database is away.
+
+        It may be done again although it was committed, if only the answer was lost: what it writes must
+        tell that.
+
+        Args:
+            work: what to do.
+            patience_s: for how long to try.
+            give_up: asked between two tries.
+
+        Raises:
+            HistoryError: if it cannot be written, or has been away for too long.
+        """
+        patience_s = self._patience_s if patience_s is None else patience_s
+        deadline = time.monotonic() + patience_s
+        tries = 0
+        while True:
+            try:
+                with self._engine.connect() as connection:
+                    with connection.begin() as transaction:
+                        result = work(connection)
+                        self._at_commit("before")
+                        transaction.commit()
+                    self._at_commit("after")
+                    if tries:
+                        _logger.warning("the history %s is back", self.name)
+                    return result
+            except (DBAPIError, sqlite3.Error) as error:
+                why = _why(error)
+                waited = time.monotonic() >= deadline or give_up()
+                if not _passes(error) or waited:
+                    away = f" (it was tried for {patience_s:g} s)" if waited and patience_s else ""
+                    raise HistoryError(f"The history {self.name} cannot be written: {why}{away}.") from error
+                if tries == 0:
+                    _logger.warning("the history %s cannot be reached: %s; waiting", self.name, why)
+                self._sleep(_PAUSES_S[min(tries, len(_PAUSES_S) - 1)])
+                tries += 1
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """A connection to read from.
+
+        Raises:
+            HistoryError: if it cannot be read.
+        """
+        try:
+            with self._engine.connect() as connection:
+                yield connection
+        except (DBAPIError, sqlite3.Error) as error:
+            raise HistoryError(f"The history {self.name} cannot be read: {_why(error)}.") from error
+
+    def check(self) -> None:
+        """Whether a SQLite file is whole, as far as can be told without reading all that it says.
+
+        Raises:
+            HistoryError: if it is not.
+        """
+        if self.path is None:
+            return
+        with self.reading() as connection:
+            found = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar_one()
+        if found != "ok":
+            raise HistoryError(
+                f"The history {self.name} is damaged ({found}); a copy from a backup may replace it."
+            )
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+
+class ForMany:
+    """A statement that is executed for many rows at a time.
+
+    It is compiled once for a dialect, and the rows go to the driver as they are: what SQLAlchemy does
+    for each parameter of each row would take longer than the database does. So the values are the
+    driver's own types.
+
+    Args:
+        statement: its parameters have the names of the rows' keys.
+    """
+
+    def __init__(self, statement: UpdateBase) -> None:
+        self._statement = statement
+        self._compiled: dict[str, tuple[str, Callable[[Mapping[str, Any]], Any] | None]] = {}
+
+    def execute(self, connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
+        if not rows:
+            return
+        text, parameters = self._compile(connection)
+        given = rows if parameters is None else list(map(parameters, rows))
+        connection.exec_driver_sql(text, given)
+
+    def _compile(self, connection: Connection) -> tuple[str, Callable[[Mapping[str, Any]], Any] | None]:
+        name = connection.dialect.name
+        if name not in self._compiled:
+            compiled: Any = self._statement.compile(dialect=connection.dialect)
+            order = itemgetter(*compiled.positiontup) if compiled.positional else None
+            self._compiled[name] = compiled.string, order
+        return self._compiled[name]
+
+
+def parse_url(url: str | os.PathLike[str]) -> URL:
+    """A database's URL; one of a SQLite file where a path was given.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if not isinstance(url, str) or "://" not in url:
+        return URL.create("sqlite", database=os.path.abspath(url))  # noqa: PTH100 - links are kept
+    try:
+        parsed = make_url(url)
+        parsed.get_dialect()
+    except (ArgumentError, NoSuchModuleError) as error:
+        example = "postgresql+psycopg://user@host/name"
+        raise ValueError(f"{url!r} is not the URL of a database, such as {example}: {error}") from None
+    if parsed.get_backend_name() == "sqlite":
+        if not parsed.database or parsed.database == ":memory:":
+            raise ValueError(f"{url!r} names no file: a history in memory would be lost with the process")
+        return parsed.set(database=os.path.abspath(parsed.database))  # noqa: PTH100
+    return parsed
+
+
+def is_shared(path: Path) -> bool:
+    """Whether a file there may be on a file system that other hosts write as well."""
+    place = str(path.absolute().parent.resolve()) + "/"
+    point, kind = "", ""
+    for partition in psutil.disk_partitions(all=True):
+        mounted = partition.mountpoint.rstrip("/") + "/"
+        if place.startswith(mounted) and len(mounted) >= len(point):
+            point, kind = mounted, partition.fstype
+    return kind in _SHARED_FILE_SYSTEMS or (kind.startswith("fuse.") and kind != "fuse.fuseblk")
+
+
+def _engine(url: URL, *, writes: bool) -> Engine:
+    try:
+        if url.get_backend_name() == "sqlite":
+            return _sqlite(url, writes=writes)
+        arguments = {"connect_timeout": _CONNECT_S} if url.get_backend_name() == "postgresql" else {}
+        return create_engine(url, pool_pre_ping=True, connect_args=arguments)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{url.render_as_string()!r} needs a driver that is not installed: {error}. For PostgreSQL "
+            "install fractal-runner[postgresql], and write postgresql+psycopg://…"
+        ) from None
+
+
+def _sqlite(url: URL, *, writes: bool) -> Engine:
+    path = Path(url.database or "")
+    engine = create_engine(url, connect_args={"check_same_thread": False, "timeout": _BUSY_S})
+    journal = "DELETE" if is_shared(path) else "WAL"
+
+    def on_connect(connection: sqlite3.Connection, _: Any) -> None:
+        connection.isolation_level = None  # a transaction begins where we say; the driver's begin too late
+        connection.execute("PRAGMA foreign_keys = ON")
+        if writes:
+            connection.execute(f"PRAGMA journal_mode = {journal}")
+            connection.execute("PRAGMA synchronous = FULL")
+
+    def on_begin(connection: Connection) -> None:
+        # A transaction that first reads and then writes could not wait for another one's end.
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+    event.listen(engine, "connect", on_connect)
+    event.listen(engine, "begin", on_begin)
+    return engine
+
+
+def _passes(error: Exception) -> bool:
+    """Whether the same may succeed later: the connection broke, or somebody else writes."""
+    if isinstance(error, DBAPIError) and error.connection_invalidated:
+        return True
+    said = _words(error).lower()
+    return not _meaning(said) and any(word in said for word in _PASSING)
+
+
+def _why(error: Exception) -> str:
+    said = _words(error)
+    meaning = _meaning(said)
+    return f"{meaning} ({said})" if meaning else said
+
+
+def _meaning(said: str) -> str | None:
+    return next((ours for theirs, ours in _LASTING if theirs.lower() in said.lower()), None)
+
+
+def _words(error: Exception) -> str:
+    original = error.orig if isinstance(error, SQLAlchemyError) and isinstance(error, DBAPIError) else error
+    return str(original or error).strip().split("\n", 1)[0].rstrip(".")

@@ -1,0 +1,422 @@
+"""The one writer of a run's record: its owner, until another takes over.
+
+Every transaction first asks whether this process still owns the run, and bears a number: one that was
+committed, though its answer was lost, is not done twice. Units are many, so what happens to them is
+gathered and written together.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from sqlalchemy import Connection, Row, bindparam, delete, false, insert, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+
+from fractal_runner.errors import HistoryError, RunBusyError
+from fractal_runner.history.database import Database, ForMany
+from fractal_runner.history.schema import State, image_statuses, owners, runs, tasks, units
+from fractal_runner.worker.processes import host_name, identify
+
+GATHER_S = 0.05
+HEARTBEAT_S = 10.0
+SILENT_S = 60.0  # an owner on another host that was not heard of for so long is taken for dead
+
+_MANY = 2000  # rows that are written without waiting for more
+_END_COLUMNS = (
+    *("state", "started", "ended", "returncode", "signal", "reason", "message", "host", "pid", "job_id"),
+    *("cpu_s", "peak_bytes", "output"),
+)
+_logger = logging.getLogger("fractal_runner")
+
+
+class OwnershipLostError(HistoryError):
+    """Another coordinator has taken over this run; this one may not write any more."""
+
+
+class UnitKey(NamedTuple):
+    """Which attempt at which unit of a run."""
+
+    position: int
+    stage: str
+    number: int
+    attempt: int
+
+
+class RunWriter:
+    """Writes what happens to one run.
+
+    Methods are for one thread. What `flush` and the methods that write at once raise is a HistoryError;
+    after one, the run cannot go on, and what was not written is told by the workers' own records.
+
+    Args:
+        database: where.
+        run_id: which run.
+        give_up: asked while a database that has gone away is waited for.
+        clock: seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        run_id: str,
+        *,
+        give_up: Callable[[], bool] = lambda: False,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.run_id = run_id
+        self._database = database
+        self._give_up = give_up
+        self._clock = clock
+        self._epoch = 0
+        self._writes = 0
+        self._new: dict[UnitKey, dict[str, Any]] = {}
+        self._begun: dict[UnitKey, dict[str, Any]] = {}
+        self._ended: dict[UnitKey, dict[str, Any]] = {}
+        self._superseded: list[UnitKey] = []
+        self._statuses: dict[tuple[str, str, str], str] = {}
+        self._due = float("inf")
+        self._closed = threading.Event()
+        self._heart: threading.Thread | None = None
+
+    @property
+    def epoch(self) -> int:
+        """Which owner of the run this is: 1 for the first."""
+        return self._epoch
+
+    def begin(self, run: Mapping[str, Any]) -> None:
+        """Record a new run, which this process owns.
+
+        Args:
+            run: the columns of `runs` but its state, host and times.
+        """
+        now = self._clock()
+        self._epoch = 1
+        row = {**run, "id": self.run_id, "state": State.RUNNING, "host": host_name(), "started": now}
+
+        def work(connection: Connection) -> None:
+            if connection.execute(select(runs.c.id).where(runs.c.id == self.run_id)).first() is not None:
+                return  # this very transaction was committed before, and its answer lost
+            connection.execute(insert(runs).values(**row, resumed=0))
+            connection.execute(insert(owners).values(run_id=self.run_id, **self._ownership()))
+
+        self._database.write(work, give_up=self._give_up)
+        self._start_heart()
+
+    def take_over(self) -> None:
+        """Become the owner of a run that is there, and whose directory this process has locked.
+
+        Raises:
+            RunBusyError: if its owner, on another host, still shows signs of life.
+        """
+
+        def work(connection: Connection) -> int:
+            owner = connection.execute(_owner_of(self.run_id)).one()
+            silent = self._clock() - owner.heartbeat
+            state = connection.execute(select(runs.c.state).where(runs.c.id == self.run_id)).scalar_one()
+            # On this host the lock has told that the one before is gone.
+            if state == State.RUNNING and owner.host != host_name() and silent < SILENT_S:
+                raise RunBusyError(
+                    f"The run {self.run_id} belongs to process {owner.pid} on {owner.host}, which was heard "
+                    f"of {max(0.0, silent):.0f} s ago: wait for its end, cancel it there, or come back "
+                    f"once it has been silent for {SILENT_S:.0f} s.",
+                    host=owner.host,
+                    pid=owner.pid,
+                )
+            epoch: int = owner.epoch + 1
+            self._epoch = epoch
+            connection.execute(
+                update(owners).where(owners.c.run_id == self.run_id).values(**self._ownership())
+            )
+            connection.execute(
+                update(runs)
+                .where(runs.c.id == self.run_id)
+                .values(state=State.RUNNING, ended=None, error=None, resumed=runs.c.resumed + 1)
+            )
+            return epoch
+
+        self._epoch = self._database.write(work, give_up=self._give_up)
+        self._start_heart()
+
+    def change_run(self, **columns: Any) -> None:
+        """Record what a resume has changed."""
+        self._write(lambda connection: self._update_run(connection, columns))
+
+    def begin_task(self, task: Mapping[str, Any], images: Iterable[str], dataset_key: str) -> None:
+        """Record that a task begins, or begins again.
+
+        Args:
+            task: the columns of `tasks` but its state and times.
+            images: the zarr_urls that it is going to work on.
+            dataset_key: the dataset that they are of.
+        """
+        row = {**task, "run_id": self.run_id, "state": State.RUNNING, "started": self._clock()}
+        here = (tasks.c.run_id == self.run_id) & (tasks.c.position == task["position"])
+        submitted = [self._status(dataset_key, task["task_key"], url, State.SUBMITTED) for url in images]
+
+        def work(connection: Connection) -> None:
+            connection.execute(delete(tasks).where(here))
+            connection.execute(insert(tasks).values(**row))
+            _put_statuses(connection, submitted)
+
+        self._write(work)
+
+    def change_task(self, position: int, **columns: Any) -> None:
+        """Record what has become known of a task that runs."""
+        self._write(lambda connection: self._update_task(connection, position, columns))
+
+    def end_task(
+        self,
+        position: int,
+        state: State,
+        *,
+        statuses: Mapping[str, State],
+        keys: tuple[str, str],
+        dataset: bytes | None = None,
+        error: str | None = None,
+    ) -> None:
+        """Record how a task has ended, in one transaction with what it left.
+
+        Args:
+            position: which task.
+            state: how.
+            statuses: of its images, by zarr_url.
+            keys: those of the dataset and of the task, which the statuses are filed under.
+            dataset: the dataset after it, compressed, if it is done.
+            error: why it is not.
+        """
+        rows = [self._status(*keys, url, status) for url, status in statuses.items()]
+        columns = {"state": state, "ended": self._clock(), "dataset": dataset, "error": error}
+
+        def work(connection: Connection) -> None:
+            self._write_units(connection)
+            _put_statuses(connection, rows)
+            self._update_task(connection, position, columns)
+
+        self._write(work)
+        self._forget()
+
+    def end_run(self, state: State, error: str | None = None) -> None:
+        """Record how the run has ended."""
+        columns = {"state": state, "ended": self._clock(), "error": error}
+        self._write(lambda connection: self._update_run(connection, columns))
+
+    def submitted(self, key: UnitKey, **columns: Any) -> None:
+        """A unit has been given to its executor: zarr_url, digest, log."""
+        row = {**_NEW, **columns}
+        row["run_id"] = self.run_id
+        row["position"], row["stage"], row["number"], row["attempt"] = key
+        row["is_last"] = True
+        row["state"] = State.SUBMITTED.value
+        row["submitted"] = self._clock()
+        self._new[key] = row
+        if key.attempt > 1:
+            self._superseded.append(key)
+        self._gather()
+
+    def running(self, key: UnitKey, **columns: Any) -> None:
+        """A unit has started: started, host, pid, job_id."""
+        new = self._new.get(key)
+        if new is not None:
+            new.update(columns, state=State.RUNNING.value)
+        else:
+            self._begun[key] = {**_BEGUN, **columns}
+        self._gather()
+
+    def ended(self, key: UnitKey, status: tuple[str, str, str, str] | None = None, **columns: Any) -> None:
+        """A unit has ended: its state, and all that is known of it.
+
+        Args:
+            key: which.
+            status: dataset key, task key, zarr_url and status of an image whose status this decides.
+            columns: of `units`; those that are not given are null.
+        """
+        new = self._new.get(key)
+        if new is not None:
+            new.update(columns)
+        else:
+            self._begun.pop(key, None)
+            self._ended[key] = {**_ENDED, **columns}
+        if status is not None:
+            self._statuses[status[:3]] = status[3]
+        self._gather()
+
+    def due_in(self) -> float:
+        """Seconds until `flush` is to be called; infinite while there is nothing to write."""
+        if len(self._new) + len(self._ended) >= _MANY:
+            return 0.0
+        return max(0.0, self._due - time.monotonic())
+
+    def flush(self) -> None:
+        """Write what was gathered."""
+        if self._due == float("inf"):
+            return
+        self._write(self._write_units)
+        self._forget()
+
+    def close(self) -> None:
+        """End the signs of life."""
+        self._closed.set()
+        if self._heart is not None:
+            self._heart.join(timeout=30)
+
+    def _gather(self) -> None:
+        if self._due == float("inf"):
+            self._due = time.monotonic() + GATHER_S
+
+    def _forget(self) -> None:
+        for gathered in (self._new, self._begun, self._ended, self._superseded, self._statuses):
+            gathered.clear()
+        self._due = float("inf")
+
+    def _write(self, work: Callable[[Connection], None]) -> None:
+        """Do `work` in a transaction that is this owner's, once."""
+        self._writes += 1
+        number = self._writes
+        own = owners.c.run_id == self.run_id
+
+        def transaction(connection: Connection) -> None:
+            owner = connection.execute(_owner_of(self.run_id)).one_or_none()
+            if owner is None or owner.epoch != self._epoch:
+                raise OwnershipLostError(_lost(self.run_id, owner))
+            if owner.writes == number:
+                return
+            work(connection)
+            connection.execute(update(owners).where(own).values(writes=number, heartbeat=self._clock()))
+
+        self._database.write(transaction, give_up=self._give_up)
+
+    def _write_units(self, connection: Connection) -> None:
+        _SUPERSEDE.execute(connection, [self._where(key) for key in self._superseded])
+        _INSERT.execute(connection, list(self._new.values()))
+        _BEGIN.execute(connection, [{**self._where(key), **row} for key, row in self._begun.items()])
+        _END.execute(connection, [{**self._where(key), **row} for key, row in self._ended.items()])
+        statuses = [self._status(*place, status) for place, status in self._statuses.items()]
+        _put_statuses(connection, statuses)
+
+    def _where(self, key: UnitKey) -> dict[str, Any]:
+        return {
+            "in_run": self.run_id,
+            "at_position": key.position,
+            "of_stage": key.stage,
+            "of_number": key.number,
+            "at_attempt": key.attempt,
+        }
+
+    def _status(self, dataset_key: str, task_key: str, zarr_url: str, status: str) -> dict[str, str]:
+        return {
+            "dataset_key": dataset_key,
+            "task_key": task_key,
+            "zarr_url": zarr_url,
+            "status": status,
+            "run_id": self.run_id,
+        }
+
+    def _update_run(self, connection: Connection, columns: Mapping[str, Any]) -> None:
+        connection.execute(update(runs).where(runs.c.id == self.run_id).values(**columns))
+
+    def _update_task(self, connection: Connection, position: int, columns: Mapping[str, Any]) -> None:
+        here = (tasks.c.run_id == self.run_id) & (tasks.c.position == position)
+        connection.execute(update(tasks).where(here).values(**columns))
+
+    def _ownership(self) -> dict[str, Any]:
+        me = identify(os.getpid())
+        return {
+            "epoch": self._epoch,
+            "writes": 0,
+            "host": me.host,
+            "boot_id": me.boot_id,
+            "pid": me.pid,
+            "start_ticks": me.start_ticks,
+            "heartbeat": self._clock(),
+        }
+
+    def _start_heart(self) -> None:
+        self._heart = threading.Thread(
+            target=self._beat, name=f"run {self.run_id[:8]}: heartbeat", daemon=True
+        )
+        self._heart.start()
+
+    def _beat(self) -> None:
+        """Show that the owner lives, however long the coordinator's thread is busy with other things."""
+        own = (owners.c.run_id == self.run_id) & (owners.c.epoch == self._epoch)
+        while not self._closed.wait(HEARTBEAT_S):
+            try:
+                self._database.write(
+                    lambda connection: connection.execute(
+                        update(owners).where(own).values(heartbeat=self._clock())
+                    ),
+                    patience_s=0,
+                )
+            except HistoryError as error:
+                # The coordinator meets the same when it next writes, and decides what that means.
+                _logger.debug("no sign of life of run %s could be left: %s", self.run_id, error)
+
+
+def _owner_of(run_id: str) -> Any:
+    return select(owners).where(owners.c.run_id == run_id).with_for_update()
+
+
+def _lost(run_id: str, owner: Row[Any] | None) -> str:
+    if owner is None:
+        return f"The run {run_id} is not in its history any more: somebody has removed it."
+    return (
+        f"Process {owner.pid} on {owner.host} has taken over the run {run_id}, as this one was taken for "
+        "dead; it stops here."
+    )
+
+
+def _put_statuses(connection: Connection, rows: Sequence[Mapping[str, str]]) -> None:
+    """Set statuses of images, whether there were earlier ones or not."""
+    upsert = _UPSERT_STATUS.get(connection.dialect.name)
+    if upsert is not None:
+        upsert.execute(connection, rows)
+    else:
+        _DELETE_STATUS.execute(connection, rows)
+        _INSERT_STATUS.execute(connection, rows)
+
+
+def _named(columns: Iterable[str]) -> dict[str, Any]:
+    return {name: bindparam(name) for name in columns}
+
+
+def _status_upsert(statement: Any) -> ForMany:
+    changed = {name: statement.excluded[name] for name in ("status", "run_id")}
+    return ForMany(statement.on_conflict_do_update(index_elements=_STATUS_PLACE, set_=changed))
+
+
+_BEGUN: dict[str, Any] = {
+    "state": State.RUNNING.value,
+    **dict.fromkeys(("started", "host", "pid", "job_id")),
+}
+_ENDED: dict[str, Any] = dict.fromkeys(_END_COLUMNS)
+_NEW: dict[str, Any] = dict.fromkeys(column.name for column in units.columns)
+_UNIT = (
+    (units.c.run_id == bindparam("in_run"))
+    & (units.c.position == bindparam("at_position"))
+    & (units.c.stage == bindparam("of_stage"))
+    & (units.c.number == bindparam("of_number"))
+)
+_ATTEMPT = _UNIT & (units.c.attempt == bindparam("at_attempt"))
+_INSERT = ForMany(insert(units).values(_named(_NEW)))
+_SUPERSEDE = ForMany(
+    update(units).where(_UNIT, units.c.attempt < bindparam("at_attempt")).values(is_last=false())
+)
+_BEGIN = ForMany(update(units).where(_ATTEMPT).values(_named(_BEGUN)))
+_END = ForMany(update(units).where(_ATTEMPT).values(_named(_ENDED)))
+
+_STATUS_PLACE = [column.name for column in image_statuses.primary_key]
+_INSERT_STATUS = ForMany(
+    insert(image_statuses).values(_named(column.name for column in image_statuses.columns))
+)
+_DELETE_STATUS = ForMany(
+    delete(image_statuses).where(*(image_statuses.c[name] == bindparam(name) for name in _STATUS_PLACE))
+)
+_UPSERT_STATUS = {
+    "sqlite": _status_upsert(sqlite.insert(image_statuses)),
+    "postgresql": _status_upsert(postgresql.insert(image_statuses)),
+}
