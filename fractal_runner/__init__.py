@@ -14,8 +14,10 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from fractal_runner.errors import (
         ExecutorError,
+        HistoryError,
         InputFileError,
         JobExecutionError,
+        RunBusyError,
         TaskExecutionError,
         TaskOutputValidationError,
     )
@@ -29,13 +31,19 @@ if TYPE_CHECKING:
         ThreadExecutor,
     )
     from fractal_runner.executors.slots import SlotPool
+    from fractal_runner.history.store import History
     from fractal_runner.workflow.events import (
         Event,
+        RunFinished,
         RunningUnit,
+        RunStarted,
         TaskFinished,
         TaskProgress,
         TaskStarted,
         UnitFinished,
+        UnitRetried,
+        UnitRunning,
+        UnitSubmitted,
     )
     from fractal_runner.workflow.files import load_dataset, load_workflow
     from fractal_runner.workflow.models import Dataset, Image, Task, Workflow, WorkflowTask
@@ -48,10 +56,15 @@ __all__ = [
     "Executor",
     "ExecutorError",
     "ForkExecutor",
+    "History",
+    "HistoryError",
     "Image",
     "InputFileError",
     "JobExecutionError",
     "ProcessExecutor",
+    "RunBusyError",
+    "RunFinished",
+    "RunStarted",
     "RunningUnit",
     "SerialExecutor",
     "SlotPool",
@@ -65,6 +78,9 @@ __all__ = [
     "TaskStarted",
     "ThreadExecutor",
     "UnitFinished",
+    "UnitRetried",
+    "UnitRunning",
+    "UnitSubmitted",
     "Workflow",
     "WorkflowTask",
     "current_context",
@@ -75,8 +91,8 @@ __all__ = [
 
 _HOME_OF = {
     "errors": (
-        *("ExecutorError", "InputFileError", "JobExecutionError", "TaskExecutionError"),
-        "TaskOutputValidationError",
+        *("ExecutorError", "HistoryError", "InputFileError", "JobExecutionError", "RunBusyError"),
+        *("TaskExecutionError", "TaskOutputValidationError"),
     ),
     "executors.base": ("Executor",),
     "executors.calls": ("CallOptions", "TaskInfo", "current_context"),
@@ -84,8 +100,10 @@ _HOME_OF = {
         *("ForkExecutor", "ProcessExecutor", "SerialExecutor", "SpawnExecutor", "ThreadExecutor"),
     ),
     "executors.slots": ("SlotPool",),
+    "history.store": ("History",),
     "workflow.events": (
-        *("Event", "RunningUnit", "TaskProgress", "TaskFinished", "TaskStarted", "UnitFinished"),
+        *("Event", "RunFinished", "RunStarted", "RunningUnit", "TaskFinished", "TaskProgress"),
+        *("TaskStarted", "UnitFinished", "UnitRetried", "UnitRunning", "UnitSubmitted"),
     ),
     "workflow.files": ("load_dataset", "load_workflow"),
     "workflow.models": ("Dataset", "Image", "Task", "Workflow", "WorkflowTask"),

@@ -565,7 +565,12 @@ async def test_a_disk_that_fills_up_fails_the_units_it_could_not_hold(tmp_path: 
         tmpfs(tmp_path / "small", "size=128k") as place,
         pytest.raises(JobExecutionError, match="No space left on device") as caught,
     ):
-        await process_workflow(workflow=flow(task), dataset=images(20), workflow_dir_local=place / "run")
+        await process_workflow(
+            workflow=flow(task),
+            dataset=images(20),
+            workflow_dir_local=place / "run",
+            history=tmp_path / "elsewhere.sqlite",
+        )
 
     assert "args.json" in " ".join(map(str, caught.value.failures)) or "dataset.json" in str(caught.value)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -9,16 +10,17 @@ import threading
 import time
 import warnings
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from fractal_runner import __version__
 from fractal_runner.cli import options as given
-from fractal_runner.errors import InputFileError
+from fractal_runner.errors import HistoryError, InputFileError, RunBusyError
 from fractal_runner.executors import registry
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 app = typer.Typer(
     add_completion=False,
@@ -52,6 +54,18 @@ TaskEnv = Annotated[
     str | None,
     typer.Option("--task-env", metavar="PYTHON", help="The Python that has the task packages installed."),
 ]
+_WIDE = 1000
+
+RunDirectory = Annotated[Path, typer.Argument(metavar="DIR", help="The run's directory.")]
+HistoryUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--db",
+        metavar="URL",
+        envvar="FRACTAL_RUNNER_DB",
+        help="Where the history is, if not where the directory says (which keeps no password).",
+    ),
+]
 
 
 @app.command()
@@ -81,6 +95,8 @@ def run(
 
     Exit codes: 0 done, 1 a task failed, 2 wrong usage or input, 3 a job failed, 130 Ctrl-C.
     """
+    from rich.console import Console
+
     from fractal_runner.cli.run import RunRequest, execute, unused
     from fractal_runner.workflow.files import load_dataset, load_workflow
 
@@ -162,6 +178,9 @@ def check(
 @app.command()
 def tasks(task_env: TaskEnv = None) -> None:
     """List the task packages found, and their tasks."""
+    from rich.console import Console
+    from rich.table import Table
+
     from fractal_runner.workflow.manifest import TaskLookupError, find_packages
 
     try:
@@ -180,6 +199,148 @@ def tasks(task_env: TaskEnv = None) -> None:
         Console().print(table)
         if package.problem is not None:
             _note("warning", f"the manifest of {package.name} is not valid: {package.problem}")
+
+
+@app.command()
+def status(
+    directory: RunDirectory,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Show it again every second, until the end.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    db: HistoryUrl = None,
+) -> None:
+    """Show how a run is: its failures, its tasks, and what runs now.
+
+    Exit codes: 0 whatever the run's state, 2 there is no such run.
+    """
+    from fractal_runner.cli.locate import open_run
+
+    if watch and as_json:
+        raise typer.BadParameter("it is for people, and --json is not", param_hint="--watch")
+    with open_run(directory, db) as found:
+        if as_json:
+            import json
+
+            from fractal_runner.cli.status import as_json as in_json
+            from fractal_runner.cli.status import status_of
+
+            typer.echo(json.dumps(in_json(status_of(found)), indent=2))
+            return
+        from fractal_runner.cli import status_view
+        from fractal_runner.cli.status import status_of
+
+        if watch:
+            status_view.watch(found, _output())
+        else:
+            _output().print(status_view.view(status_of(found)))
+
+
+@app.command()
+def logs(
+    directory: RunDirectory,
+    task: Annotated[
+        int | None, typer.Option("--task", metavar="N", min=0, help="Position of a task; the last begun.")
+    ] = None,
+    unit: Annotated[
+        int | None, typer.Option("--unit", metavar="I", min=0, help="Only this unit of the task.")
+    ] = None,
+    failed: Annotated[
+        bool, typer.Option("--failed", help="Only units that failed: of the task, or of all tasks.")
+    ] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on with what is added, until the end.")
+    ] = False,
+    db: HistoryUrl = None,
+) -> None:
+    """Print what units have printed.
+
+    Exit codes: 0 printed, or there is nothing to print, 2 there is no such run, task or unit.
+    """
+    from fractal_runner.cli.locate import open_run
+    from fractal_runner.cli.logfiles import Printer
+    from fractal_runner.cli.logs import Choice, follow_logs, print_logs
+
+    if unit is not None and failed:
+        raise typer.BadParameter("one unit, or those that failed: not both", param_hint="--unit")
+    choice = Choice(task, unit, failed)
+    printer = Printer(sys.stdout, is_terminal=sys.stdout.isatty(), directory=directory)
+    with open_run(directory, db) as found:
+        if follow:
+            follow_logs(found, choice, printer)
+        elif remark := print_logs(found, choice, printer):
+            typer.echo(remark, err=True)
+
+
+@app.command("list")
+def list_runs(
+    directories: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[DIR]...", help="Runs, or directories that hold runs; ./fractal_runs."),
+    ] = None,
+    db: HistoryUrl = None,
+) -> None:
+    """List runs, a line each. With --db alone: all runs of the database.
+
+    Exit codes: 0 there are some, 2 there are none.
+    """
+    from fractal_runner.cli import listing
+
+    if directories or db is None:
+        asked = directories or [listing.DEFAULT_PARENT]
+        for directory in asked:
+            if not listing.directories_of_runs(directory):
+                _note("error", f"there is no run in {directory}, nor right below it")
+        found = listing.runs_of_directories(asked, db)
+    else:
+        found = listing.runs_of_database(db)
+        if not found:
+            _note("error", "there is no run in the database")
+    if not found:
+        raise typer.Exit(2)
+    _output().print(listing.table_of(found))
+
+
+@app.command()
+def clean(
+    directory: RunDirectory,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    db: HistoryUrl = None,
+) -> None:
+    """Remove arguments, output and logs of the units that succeeded. Their results stay in the history.
+
+    Exit codes: 0 done, 2 there is no such run, or not all could be removed, 3 the run is going on.
+    """
+    from fractal_runner.cli.clean import clean_run
+    from fractal_runner.cli.locate import open_run
+    from fractal_runner.quantities import format_size
+
+    with open_run(directory, db) as found:
+        freed = clean_run(found, dry_run=dry_run)
+    verb = "would be removed" if dry_run else "removed"
+    typer.echo(f"{freed.files} file(s) {verb}, {format_size(freed.bytes)}")
+    if freed.problems:
+        _stop("error", f"{len(freed.problems)} file(s) could not be removed; the first: {freed.problems[0]}")
+
+
+@app.command()
+def cancel(
+    directory: RunDirectory,
+    timeout: Annotated[
+        float, typer.Option("--timeout", metavar="SECONDS", min=0, help="How long to wait for the end.")
+    ] = 60.0,
+    db: HistoryUrl = None,
+) -> None:
+    """End a run that is going on elsewhere, and wait for its end.
+
+    Exit codes: 0 it has ended, 2 there is no such run, or nobody is at work on it, 3 it goes on.
+    """
+    from fractal_runner.cli.cancel import cancel_run
+    from fractal_runner.cli.locate import open_run
+
+    with open_run(directory, db) as found:
+        code = cancel_run(found, timeout_s=timeout, say=lambda text: typer.echo(text, err=True))
+    raise typer.Exit(code)
 
 
 def _print_version(wanted: bool) -> None:
@@ -201,11 +362,16 @@ def _top(
 def run_app() -> NoReturn:
     """Run the command line. Mistakes in files become messages; the process ends with the exit code."""
     warnings.showwarning = _show_warning
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # what is shown may be in any script
     try:
         app()
-    except InputFileError as error:
+    except (InputFileError, HistoryError) as error:
         _note("error", str(error))
         _leave(2)
+    except RunBusyError as error:
+        _note("error", str(error))
+        _leave(3)
     except KeyboardInterrupt:
         _leave(130)
     except SystemExit as leaving:
@@ -221,6 +387,14 @@ def _leave(code: int) -> NoReturn:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _output() -> Console:
+    """Where tables go: as wide as the terminal, or where there is none, as they need to be."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else _WIDE
+    return Console(highlight=False, width=width, soft_wrap=True)
 
 
 def _absolute(directory: Path | None) -> str | None:

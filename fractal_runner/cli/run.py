@@ -24,10 +24,9 @@ from fractal_runner.executors import registry
 from fractal_runner.quantities import format_time
 from fractal_runner.worker.spec import CANCELLED
 from fractal_runner.workflow.events import Event, TaskStarted
-from fractal_runner.workflow.files import write_dataset
+from fractal_runner.workflow.files import DATASET_FILE, FILTERS_FILE, write_dataset
 from fractal_runner.workflow.models import Dataset, Workflow
 from fractal_runner.workflow.process import process_workflow
-from fractal_runner.workflow.run import DATASET_FILE, FILTERS_FILE
 
 EXIT_TASK_ERROR = 1
 EXIT_USAGE = 2

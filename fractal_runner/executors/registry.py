@@ -10,7 +10,7 @@ import importlib
 import inspect
 import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 ExecutorChoice = Executor | type[Executor] | str | tuple[str, Mapping[str, Any]] | None
 DEFAULT = "thread"
+
+_DISCARD_S = 30.0
 
 _LOCAL = "fractal_runner.executors.local.executors"
 # By place, not by class: a name costs its import only where it is used.
@@ -79,6 +81,15 @@ def make(name: str, options: Mapping[str, Any] | None = None) -> Executor:
     """
     check(name, options)
     return class_of(name)(**(options or {}))
+
+
+def by_name(choice: ExecutorChoice) -> tuple[str, Mapping[str, Any]] | None:
+    """The name and options of an executor that was chosen by its name, or not at all; else None."""
+    if choice is None:
+        return DEFAULT, {}
+    if isinstance(choice, str):
+        return choice, {}
+    return choice if isinstance(choice, tuple) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +200,7 @@ class Executors:
         *,
         cpus: int | None = None,
         memory: int | None = None,
+        avoid: tuple[str, ...] = (),
         **resources: Any,
     ) -> Submitter:
         """How to submit calls that ask for these resources, as far as the executor knows of such.
@@ -197,17 +209,32 @@ class Executors:
             name: the executor's name; the run's own for None.
             cpus: CPUs; the executor's default for None.
             memory: bytes; the same.
+            avoid: nodes that the calls are to be kept off, where the executor can.
             resources: other `CallOptions`; those that are None are left to the executor.
         """
         executor = self.get(name)
         resources |= {"cpus": cpus, "memory": None if memory is None else f"{memory}B"}
         asked = {option: value for option, value in resources.items() if value is not None}
+        if avoid:
+            asked["extra"] = {"exclude": ",".join(avoid)}
         # In a process of its own the call finds these set; in a thread, only what it starts can have them.
         environment = thread_variables(cpus or 1) if self.shares_process(name) else {}
         if not isinstance(executor, base.Executor):
             return Submitter(lambda _, __, fn, argument: executor.submit(fn, argument), [], environment)
         view, reduced = executor.fitting(**asked)
         return Submitter(view.submit_as, reduced, environment)
+
+    def attach(self, key: str, name: str | None = None) -> Future[Any] | None:
+        """The call that an earlier process submitted under this key, if it can be taken on."""
+        executor = self.get(name)
+        return executor.attach(key) if isinstance(executor, base.Executor) else None
+
+    def discard(self, future: Future[Any], name: str | None = None) -> None:
+        """End a call that is not wanted any more, and wait, for a while, for its end."""
+        executor = self.get(name)
+        if not future.cancel() and isinstance(executor, base.Executor):
+            executor.stop(future)
+        wait([future], timeout=_DISCARD_S)
 
     def tasks(self, name: str | None = None) -> list[TaskInfo]:
         """What the executor tells of its calls; nothing, if it cannot."""

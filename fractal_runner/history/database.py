@@ -12,12 +12,14 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
-from sqlalchemy import Connection, Engine, UpdateBase, create_engine, event
+from sqlalchemy import Connection, Engine, Table, bindparam, create_engine, delete, event, insert
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 
@@ -31,6 +33,8 @@ PATIENCE_S = 120.0
 _PAUSES_S = (0.1, 0.2, 0.5, 1.0)
 _CONNECT_S = 10
 _BUSY_S = 10.0
+_VALUES = " VALUES "
+_ROWS_AT_A_TIME = (256, 32, 4, 1)  # times a unit's columns: within SQLite's 32,766 parameters
 _logger = logging.getLogger("fractal_runner")
 # Where a write-ahead log does not work for readers on other hosts (sqlite.org/wal.html, "overview").
 _SHARED_FILE_SYSTEMS = frozenset(
@@ -179,35 +183,59 @@ class Database:
         self._engine.dispose()
 
 
-class ForMany:
-    """A statement that is executed for many rows at a time.
+class Upsert:
+    """Puts rows into a table, in the place of those with the same primary key.
 
-    It is compiled once for a dialect, and the rows go to the driver as they are: what SQLAlchemy does
-    for each parameter of each row would take longer than the database does. So the values are the
-    driver's own types.
+    Rows are many and small, and in SQLite's driver each row that is given by itself costs a turn at the
+    interpreter's lock, which workers want, too. So there they go many to a statement; elsewhere they are
+    handed to the driver as they are. Either way values are the driver's own types.
 
     Args:
-        statement: its parameters have the names of the rows' keys.
+        table: the table; rows have all of its columns.
     """
 
-    def __init__(self, statement: UpdateBase) -> None:
-        self._statement = statement
-        self._compiled: dict[str, tuple[str, Callable[[Mapping[str, Any]], Any] | None]] = {}
+    def __init__(self, table: Table) -> None:
+        self._table = table
+        self._columns = [column.name for column in table.columns]
+        self._key = [column.name for column in table.primary_key]
+        self._values_of = itemgetter(*self._columns)
+        self._texts: dict[str, str] = {}  # of the statement for one row, by dialect
 
     def execute(self, connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Put these rows, no two of which have the same key."""
         if not rows:
             return
-        text, parameters = self._compile(connection)
-        given = rows if parameters is None else list(map(parameters, rows))
-        connection.exec_driver_sql(text, given)
-
-    def _compile(self, connection: Connection) -> tuple[str, Callable[[Mapping[str, Any]], Any] | None]:
         name = connection.dialect.name
-        if name not in self._compiled:
-            compiled: Any = self._statement.compile(dialect=connection.dialect)
-            order = itemgetter(*compiled.positiontup) if compiled.positional else None
-            self._compiled[name] = compiled.string, order
-        return self._compiled[name]
+        if name == "sqlite":
+            self._many_to_a_statement(connection, rows)
+        elif name == "postgresql":
+            connection.exec_driver_sql(self._text(connection, postgresql.insert(self._table)), list(rows))
+        else:
+            here = [self._table.c[column] == bindparam(f"of_{column}") for column in self._key]
+            keys = [{f"of_{column}": row[column] for column in self._key} for row in rows]
+            connection.execute(delete(self._table).where(*here), keys)
+            connection.execute(insert(self._table), rows)
+
+    def _many_to_a_statement(self, connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
+        text = self._text(connection, sqlite.insert(self._table))
+        head, _, tail = text.partition(_VALUES)
+        group = f"({', '.join('?' * len(self._columns))})"
+        at = 0
+        for size in _ROWS_AT_A_TIME:  # few sizes: the driver keeps statements that it has seen before
+            while len(rows) - at >= size:
+                values = chain.from_iterable(map(self._values_of, rows[at : at + size]))
+                groups = ", ".join([group] * size)
+                connection.exec_driver_sql(head + _VALUES + groups + tail[len(group) :], tuple(values))
+                at += size
+
+    def _text(self, connection: Connection, statement: Any) -> str:
+        name = connection.dialect.name
+        if name not in self._texts:
+            changed = {c: statement.excluded[c] for c in self._columns if c not in self._key}
+            named = statement.values({column: bindparam(column) for column in self._columns})
+            upsert = named.on_conflict_do_update(index_elements=self._key, set_=changed)
+            self._texts[name] = upsert.compile(dialect=connection.dialect).string
+        return self._texts[name]
 
 
 def parse_url(url: str | os.PathLike[str]) -> URL:

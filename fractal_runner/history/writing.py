@@ -11,14 +11,13 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Row, bindparam, delete, false, insert, select, update
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy import Connection, Row, Update, bindparam, delete, insert, select, update
 
 from fractal_runner.errors import HistoryError, RunBusyError
-from fractal_runner.history.database import Database, ForMany
+from fractal_runner.history.database import Database, Upsert
 from fractal_runner.history.schema import State, image_statuses, owners, runs, tasks, units
 from fractal_runner.worker.processes import host_name, identify
 
@@ -27,10 +26,6 @@ HEARTBEAT_S = 10.0
 SILENT_S = 60.0  # an owner on another host that was not heard of for so long is taken for dead
 
 _MANY = 2000  # rows that are written without waiting for more
-_END_COLUMNS = (
-    *("state", "started", "ended", "returncode", "signal", "reason", "message", "host", "pid", "job_id"),
-    *("cpu_s", "peak_bytes", "output"),
-)
 _logger = logging.getLogger("fractal_runner")
 
 
@@ -74,11 +69,9 @@ class RunWriter:
         self._clock = clock
         self._epoch = 0
         self._writes = 0
-        self._new: dict[UnitKey, dict[str, Any]] = {}
-        self._begun: dict[UnitKey, dict[str, Any]] = {}
-        self._ended: dict[UnitKey, dict[str, Any]] = {}
+        self._open: dict[UnitKey, dict[str, Any]] = {}  # rows of units that have not ended
+        self._changed: dict[UnitKey, dict[str, Any]] = {}  # rows to be written
         self._superseded: list[UnitKey] = []
-        self._statuses: dict[tuple[str, str, str], str] = {}
         self._due = float("inf")
         self._closed = threading.Event()
         self._heart: threading.Thread | None = None
@@ -161,7 +154,7 @@ class RunWriter:
         def work(connection: Connection) -> None:
             connection.execute(delete(tasks).where(here))
             connection.execute(insert(tasks).values(**row))
-            _put_statuses(connection, submitted)
+            _STATUSES.execute(connection, submitted)
 
         self._write(work)
 
@@ -174,7 +167,7 @@ class RunWriter:
         position: int,
         state: State,
         *,
-        statuses: Mapping[str, State],
+        images: Mapping[str, bool],
         keys: tuple[str, str],
         dataset: bytes | None = None,
         error: str | None = None,
@@ -184,17 +177,21 @@ class RunWriter:
         Args:
             position: which task.
             state: how.
-            statuses: of its images, by zarr_url.
-            keys: those of the dataset and of the task, which the statuses are filed under.
+            images: whether it is done with each of them, by zarr_url.
+            keys: those of the dataset and of the task, which their statuses are filed under.
             dataset: the dataset after it, compressed, if it is done.
             error: why it is not.
         """
-        rows = [self._status(*keys, url, status) for url, status in statuses.items()]
+        most = 2 * sum(images.values()) > len(images)
+        rows = [
+            self._status(*keys, url, _STATUS[is_done]) for url, is_done in images.items() if is_done != most
+        ]
         columns = {"state": state, "ended": self._clock(), "dataset": dataset, "error": error}
 
         def work(connection: Connection) -> None:
             self._write_units(connection)
-            _put_statuses(connection, rows)
+            connection.execute(self._all_statuses(*keys, _STATUS[most]))
+            _STATUSES.execute(connection, rows)
             self._update_task(connection, position, columns)
 
         self._write(work)
@@ -205,49 +202,34 @@ class RunWriter:
         columns = {"state": state, "ended": self._clock(), "error": error}
         self._write(lambda connection: self._update_run(connection, columns))
 
-    def submitted(self, key: UnitKey, **columns: Any) -> None:
-        """A unit has been given to its executor: zarr_url, digest, log."""
+    def submitted(self, key: UnitKey, *, submitted: float | None = None, **columns: Any) -> None:
+        """A unit has been given to its executor: zarr_url, digest, log; and when, if that was before."""
         row = {**_NEW, **columns}
         row["run_id"] = self.run_id
         row["position"], row["stage"], row["number"], row["attempt"] = key
         row["is_last"] = True
         row["state"] = State.SUBMITTED.value
-        row["submitted"] = self._clock()
-        self._new[key] = row
+        row["submitted"] = self._clock() if submitted is None else submitted
+        self._open[key] = self._changed[key] = row
         if key.attempt > 1:
             self._superseded.append(key)
         self._gather()
 
     def running(self, key: UnitKey, **columns: Any) -> None:
-        """A unit has started: started, host, pid, job_id."""
-        new = self._new.get(key)
-        if new is not None:
-            new.update(columns, state=State.RUNNING.value)
-        else:
-            self._begun[key] = {**_BEGUN, **columns}
+        """A unit that was submitted has started: started, host, pid, job_id."""
+        row = self._changed[key] = self._open[key]
+        row.update(columns, state=State.RUNNING.value)
         self._gather()
 
-    def ended(self, key: UnitKey, status: tuple[str, str, str, str] | None = None, **columns: Any) -> None:
-        """A unit has ended: its state, and all that is known of it.
-
-        Args:
-            key: which.
-            status: dataset key, task key, zarr_url and status of an image whose status this decides.
-            columns: of `units`; those that are not given are null.
-        """
-        new = self._new.get(key)
-        if new is not None:
-            new.update(columns)
-        else:
-            self._begun.pop(key, None)
-            self._ended[key] = {**_ENDED, **columns}
-        if status is not None:
-            self._statuses[status[:3]] = status[3]
+    def ended(self, key: UnitKey, **columns: Any) -> None:
+        """A unit that was submitted has ended: its state, and all that is known of it."""
+        row = self._changed[key] = self._open.pop(key)
+        row.update(columns)
         self._gather()
 
     def due_in(self) -> float:
         """Seconds until `flush` is to be called; infinite while there is nothing to write."""
-        if len(self._new) + len(self._ended) >= _MANY:
+        if len(self._changed) >= _MANY:
             return 0.0
         return max(0.0, self._due - time.monotonic())
 
@@ -269,7 +251,7 @@ class RunWriter:
             self._due = time.monotonic() + GATHER_S
 
     def _forget(self) -> None:
-        for gathered in (self._new, self._begun, self._ended, self._superseded, self._statuses):
+        for gathered in (self._changed, self._superseded):
             gathered.clear()
         self._due = float("inf")
 
@@ -291,12 +273,9 @@ class RunWriter:
         self._database.write(transaction, give_up=self._give_up)
 
     def _write_units(self, connection: Connection) -> None:
-        _SUPERSEDE.execute(connection, [self._where(key) for key in self._superseded])
-        _INSERT.execute(connection, list(self._new.values()))
-        _BEGIN.execute(connection, [{**self._where(key), **row} for key, row in self._begun.items()])
-        _END.execute(connection, [{**self._where(key), **row} for key, row in self._ended.items()])
-        statuses = [self._status(*place, status) for place, status in self._statuses.items()]
-        _put_statuses(connection, statuses)
+        if self._superseded:
+            connection.execute(_SUPERSEDE, [self._where(key) for key in self._superseded])
+        _UNITS.execute(connection, list(self._changed.values()))
 
     def _where(self, key: UnitKey) -> dict[str, Any]:
         return {
@@ -307,12 +286,24 @@ class RunWriter:
             "at_attempt": key.attempt,
         }
 
+    def _all_statuses(self, dataset_key: str, task_key: str, status: State) -> Update:
+        """Sets the statuses of all images that this run's task was given."""
+        return (
+            update(image_statuses)
+            .where(
+                image_statuses.c.dataset_key == dataset_key,
+                image_statuses.c.task_key == task_key,
+                image_statuses.c.run_id == self.run_id,
+            )
+            .values(status=status.value)
+        )
+
     def _status(self, dataset_key: str, task_key: str, zarr_url: str, status: str) -> dict[str, str]:
         return {
             "dataset_key": dataset_key,
             "task_key": task_key,
             "zarr_url": zarr_url,
-            "status": status,
+            "status": str(status),
             "run_id": self.run_id,
         }
 
@@ -370,53 +361,18 @@ def _lost(run_id: str, owner: Row[Any] | None) -> str:
     )
 
 
-def _put_statuses(connection: Connection, rows: Sequence[Mapping[str, str]]) -> None:
-    """Set statuses of images, whether there were earlier ones or not."""
-    upsert = _UPSERT_STATUS.get(connection.dialect.name)
-    if upsert is not None:
-        upsert.execute(connection, rows)
-    else:
-        _DELETE_STATUS.execute(connection, rows)
-        _INSERT_STATUS.execute(connection, rows)
-
-
-def _named(columns: Iterable[str]) -> dict[str, Any]:
-    return {name: bindparam(name) for name in columns}
-
-
-def _status_upsert(statement: Any) -> ForMany:
-    changed = {name: statement.excluded[name] for name in ("status", "run_id")}
-    return ForMany(statement.on_conflict_do_update(index_elements=_STATUS_PLACE, set_=changed))
-
-
-_BEGUN: dict[str, Any] = {
-    "state": State.RUNNING.value,
-    **dict.fromkeys(("started", "host", "pid", "job_id")),
-}
-_ENDED: dict[str, Any] = dict.fromkeys(_END_COLUMNS)
 _NEW: dict[str, Any] = dict.fromkeys(column.name for column in units.columns)
-_UNIT = (
-    (units.c.run_id == bindparam("in_run"))
-    & (units.c.position == bindparam("at_position"))
-    & (units.c.stage == bindparam("of_stage"))
-    & (units.c.number == bindparam("of_number"))
+_SUPERSEDE = (
+    update(units)
+    .where(
+        units.c.run_id == bindparam("in_run"),
+        units.c.position == bindparam("at_position"),
+        units.c.stage == bindparam("of_stage"),
+        units.c.number == bindparam("of_number"),
+        units.c.attempt < bindparam("at_attempt"),
+    )
+    .values(is_last=False)
 )
-_ATTEMPT = _UNIT & (units.c.attempt == bindparam("at_attempt"))
-_INSERT = ForMany(insert(units).values(_named(_NEW)))
-_SUPERSEDE = ForMany(
-    update(units).where(_UNIT, units.c.attempt < bindparam("at_attempt")).values(is_last=false())
-)
-_BEGIN = ForMany(update(units).where(_ATTEMPT).values(_named(_BEGUN)))
-_END = ForMany(update(units).where(_ATTEMPT).values(_named(_ENDED)))
-
-_STATUS_PLACE = [column.name for column in image_statuses.primary_key]
-_INSERT_STATUS = ForMany(
-    insert(image_statuses).values(_named(column.name for column in image_statuses.columns))
-)
-_DELETE_STATUS = ForMany(
-    delete(image_statuses).where(*(image_statuses.c[name] == bindparam(name) for name in _STATUS_PLACE))
-)
-_UPSERT_STATUS = {
-    "sqlite": _status_upsert(sqlite.insert(image_statuses)),
-    "postgresql": _status_upsert(postgresql.insert(image_statuses)),
-}
+_STATUS = {True: State.DONE, False: State.FAILED}
+_UNITS = Upsert(units)
+_STATUSES = Upsert(image_statuses)

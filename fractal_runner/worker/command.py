@@ -18,8 +18,9 @@ from dataclasses import fields, replace
 from typing import Any
 
 from fractal_runner.worker import processes
-from fractal_runner.worker.evidence import Ledger, own_ledger
+from fractal_runner.worker.evidence import EVIDENCE_DIR, Ledger, own_ledger
 from fractal_runner.worker.function import call_function
+from fractal_runner.worker.jsontext import encoder
 from fractal_runner.worker.processes import Child
 from fractal_runner.worker.spawn import WRITE_LOG, Environment, spawn
 from fractal_runner.worker.spec import (
@@ -32,7 +33,8 @@ from fractal_runner.worker.spec import (
 )
 from fractal_runner.worker.stop import POLL_S, StopRequest
 
-EVIDENCE_DIR = "evidence"
+__all__ = ["EVIDENCE_DIR", "LOG_TAIL_CHARS", "MARK_VARIABLE", "log_tail", "read_output", "run_unit"]
+
 LOG_TAIL_CHARS = 20_000
 MARK_VARIABLE = "FRACTAL_RUNNER_UNIT"
 
@@ -43,7 +45,7 @@ _LEFTOVER_GRACE_S = 2.0
 _KILL_WAIT_S = 10.0
 _RECORDED = tuple(field.name for field in fields(UnitResult) if field.name not in ("key", "output"))
 _local = threading.local()
-_encode = json.JSONEncoder(allow_nan=False).encode
+_encode = encoder(allow_nan=False)
 # The shell's codes (POSIX, XCU 2.8.2): 127 for a command that is not there, 126 for one that is but
 # cannot be executed.
 _EXEC_CODES = {
@@ -58,15 +60,20 @@ _EXEC_CODES = {
 
 def run_unit(spec: UnitSpec) -> UnitResult:
     """Run `spec` here, to its end, and report it."""
-    stop = StopRequest(spec.run_id, spec.run_dir)
+    stop = StopRequest(spec.run_id, spec.run_dir, epoch=spec.epoch, key=spec.key)
     if stop.asked():
-        return _not_started(spec, CANCELLED, "The run was stopped before this unit started.")
+        return _not_started(spec, CANCELLED, f"{stop.reason()} This unit had not started.")
     try:
-        ledger = own_ledger(f"{spec.run_dir}/{EVIDENCE_DIR}", spec.run_id)
-        ledger.append({"kind": "start", "key": spec.key, "time": time.time()})
+        ledger = own_ledger(f"{spec.run_dir}/{EVIDENCE_DIR}", spec.run_id, spec.coordinator, spec.epoch)
+        ledger.append(_start_record(spec))
     except OSError as error:
         return _not_started(spec, LAUNCH_FAILED, f"Cannot record the start of the unit: {error}.")
-    if spec.command is not None:
+    # Recorded first, looked then; who takes over raises the fence first and reads then: one of the two
+    # always sees the other.
+    text: str | None = None
+    if stop.fenced():
+        result = _not_started(spec, CANCELLED, f"{stop.reason()} This unit had not started.")
+    elif spec.command is not None:
         result, text = _run_command(spec, spec.command, stop, ledger)
     else:
         result, text = _run_function(spec, stop)
@@ -97,6 +104,30 @@ def log_tail(path: str, limit: int = LOG_TAIL_CHARS) -> str:
         return text
     text = text[-limit:]
     return text[text.find("\n") + 1 :]  # from the start of a line, where there is one
+
+
+def read_output(path: str) -> tuple[Any, str | None, str | None]:
+    """What a unit left in its out file: the value, or why there is none; and its text."""
+    try:
+        # Non-blocking, because a task may leave anything under that name, a pipe included.
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None, None, None
+    except OSError as error:
+        return None, f"{path} cannot be read: {os.strerror(error.errno or 0)}", None
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        return None, f"{path} is not a regular file", None
+    with os.fdopen(fd, "rb") as file:
+        try:
+            text = file.read().decode()
+            # The hooks cost little and let other threads have their turn within a large file.
+            value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        except OSError as error:
+            return None, f"{path} cannot be read: {os.strerror(error.errno or 0)}", None
+        except (ValueError, RecursionError) as error:
+            return None, f"{path} is not valid JSON: {error}", None
+    return value, None, text
 
 
 def _run_command(
@@ -131,7 +162,7 @@ def _run_command(
         processes.note_command(None)
         child.close()
     code = child.returncode
-    output, output_error, text = _read_output(spec.out_file) if code == 0 else (None, None, None)
+    output, output_error, text = read_output(spec.out_file) if code == 0 else (None, None, None)
     if child.usage is not None:
         peak = max(peak, processes.peak_rss_of(child.usage.ru_maxrss, parent_peak))
     result = UnitResult(
@@ -169,7 +200,7 @@ def _watch(
             return *_end(spec, child, mark, TIMEOUT, message), peak
         if now >= next_look:
             if stop.asked():
-                return *_end(spec, child, mark, CANCELLED, "The run was stopped."), peak
+                return *_end(spec, child, mark, CANCELLED, stop.reason()), peak
             next_look = now + POLL_S
         if now >= next_sample:
             peak = max(peak, processes.sample_memory(child.pid))
@@ -274,6 +305,13 @@ def _not_executed(spec: UnitSpec, word: str, error: OSError, started: float) -> 
     )
 
 
+def _start_record(spec: UnitSpec) -> dict[str, Any]:
+    record = {"kind": "start", "key": spec.key, "time": time.time()}
+    if spec.digest:
+        record["digest"] = spec.digest
+    return record
+
+
 def _record_process(ledger: Ledger, spec: UnitSpec, pid: int, since: int) -> str | None:
     """Record the identity of the unit's process; why it could not be, if so."""
     try:
@@ -296,7 +334,9 @@ def _end_record(spec: UnitSpec, result: UnitResult, text: str | None) -> dict[st
     if text is not None:
         if spec.command is not None and len(text) > _INLINE_OUTPUT_CHARS:
             checksum = zlib.crc32(text.encode())
-            record["output"] = {"file": spec.out_file, "chars": len(text), "crc32": checksum}
+            # The run's directory may have another path where this is read.
+            file = spec.out_file.removeprefix(f"{spec.run_dir}/")
+            record["output"] = {"file": file, "chars": len(text), "crc32": checksum}
         else:
             record["output"] = {"json": text}
     return {"kind": "end", "key": spec.key, "result": record}
@@ -339,30 +379,6 @@ def _remove(path: str) -> None:
         os.unlink(path)
     except FileNotFoundError:
         return
-
-
-def _read_output(path: str) -> tuple[Any, str | None, str | None]:
-    """What the unit left in its out file: the value, or why there is none; and its text."""
-    try:
-        # Non-blocking, because a task may leave anything under that name, a pipe included.
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None, None, None
-    except OSError as error:
-        return None, f"{path} cannot be read: {os.strerror(error.errno or 0)}", None
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        return None, f"{path} is not a regular file", None
-    with os.fdopen(fd, "rb") as file:
-        try:
-            text = file.read().decode()
-            # The hooks cost little and let other threads have their turn within a large file.
-            value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
-        except OSError as error:
-            return None, f"{path} cannot be read: {os.strerror(error.errno or 0)}", None
-        except (ValueError, RecursionError) as error:
-            return None, f"{path} is not valid JSON: {error}", None
-    return value, None, text
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -19,11 +19,16 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from fractal_runner.worker.processes import identify
+from fractal_runner.worker.jsontext import encoder
+from fractal_runner.worker.processes import host_name, identify, start_ticks
+
+EVIDENCE_DIR = "evidence"  # in a run's directory
+LEDGER_SUFFIX = ".log"
 
 _MAGIC = b"FR1 "
 _HEADER = len(_MAGIC) + 8 + 1 + 8 + 1
-_encode = json.JSONEncoder(separators=(",", ":")).encode
+_TAIL = 65_536
+_encode = encoder(separators=(",", ":"))
 _local = threading.local()
 
 
@@ -65,21 +70,34 @@ class Ledger:
         self.close()  # with the thread that it belongs to
 
 
-def own_ledger(directory: str, run_id: str) -> Ledger:
+def own_ledger(directory: str, run_id: str, coordinator: tuple[str, int] = ("", 0), epoch: int = 1) -> Ledger:
     """The ledger of this worker (this thread of this process) for a run, in `directory`.
 
-    It stays open until the worker serves another run or ends: a worker holds one file at most. Each
-    time it is opened, a record says who the worker is that writes what follows.
+    It stays open until the worker serves another run, or another coordinator of the run, or ends: a worker
+    holds one file at most. Each time it is opened, a record says who the worker is that writes what
+    follows, and for whom it works.
+
+    Args:
+        directory: where the run's ledgers are.
+        run_id: the run.
+        coordinator: host and pid of the process that the worker serves.
+        epoch: which of the run's coordinators that is.
     """
     ledger: Ledger | None = getattr(_local, "ledger", None)
-    place = directory, run_id, os.getpid()
+    place = directory, run_id, coordinator, epoch, os.getpid()
     if ledger is not None and _local.place == place:
         return ledger
     if ledger is not None:
         _local.ledger = None
         ledger.close()
-    ledger = Ledger(f"{directory}/{own_file_name()}")
-    ledger.append({"kind": "worker", **own_identity()})
+    path = f"{directory}/{own_file_name()}"
+    if os.path.exists(path):
+        _cut_unfinished(path)
+    ledger = Ledger(path)
+    host, pid = coordinator
+    # Its start, too, as far as it can be seen from here: its pid will be another's some day.
+    ticks = start_ticks(pid) if host == host_name() else None
+    ledger.append({"kind": "worker", **own_identity(), "coordinator": [host, pid, ticks]})
     _local.ledger = ledger
     _local.place = place
     return ledger
@@ -127,11 +145,19 @@ def read_ledger(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     Raises:
         CorruptEvidenceError: naming the file and the offset.
     """
+    return map(json.loads, read_payloads(path))
+
+
+def read_payloads(path: str | os.PathLike[str]) -> Iterator[bytes]:
+    """The payloads of one worker's file, in the order in which they were written.
+
+    Raises:
+        CorruptEvidenceError: naming the file and the offset.
+    """
     with open(path, "rb") as file:
         data = file.read()
     try:
-        for payload in payloads(data):
-            yield json.loads(payload)
+        yield from payloads(data)
     except CorruptEvidenceError as error:
         raise CorruptEvidenceError(f"{os.fspath(path)}: {error}") from None
 
@@ -160,6 +186,27 @@ def _expect_nothing_behind(data: bytes, bad: int) -> None:
         offset = data.find(_MAGIC, offset + 1)
 
 
+def _cut_unfinished(path: str) -> None:
+    """Take back the last record if whoever wrote it died within the write, so that others can follow it."""
+    with open(path, "r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        window = _TAIL
+        while True:
+            start = file.seek(max(0, size - window))
+            data = file.read()
+            offset = data.rfind(_MAGIC)
+            while offset >= 0 and (payload := _payload_at(data, offset)) is None:
+                offset = data.rfind(_MAGIC, 0, offset)
+            if offset >= 0 and payload is not None:
+                end = start + offset + _HEADER + len(payload) + 1
+                if end < size:
+                    file.truncate(end)
+                return
+            if start == 0:
+                return
+            window *= 4
+
+
 def own_identity() -> dict[str, Any]:
     """The identity of this process, as records bear it."""
     pid = os.getpid()
@@ -174,4 +221,4 @@ def _file_name() -> str:
     """A name that no other worker has or had: host, boot, pid, start of the process, thread."""
     who = own_identity()
     process = f"{who['host']}-{who['boot_id'][:8]}-{who['pid']}-{who['start_ticks'] or 0}"
-    return f"{process}-{threading.get_native_id()}.log"
+    return f"{process}-{threading.get_native_id()}{LEDGER_SUFFIX}"

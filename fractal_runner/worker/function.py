@@ -188,7 +188,7 @@ class _Guard:
                 self.reason = TIMEOUT
                 self.message = f"It ran longer than its timeout of {self._timeout_s:g} s."
             elif self._stop.asked():
-                self.reason, self.message = CANCELLED, "The run was stopped."
+                self.reason, self.message = CANCELLED, self._stop.reason()
             else:
                 return False
             self._kill_at = now + self._grace_s

@@ -15,11 +15,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 _PROC = "/proc"
 _PAUSE_S = 0.02
+_LONGEST_PAUSE_S = 0.1
+_KILL_WAIT_S = 2.0
 _COUNTING_ERROR = 4 << 20
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
@@ -130,13 +133,9 @@ def descendants(pid: int) -> list[int]:
 
 def group_members(group: int) -> list[int]:
     """Live processes of the process group `group`; zombies have ended and do not count."""
-    if not os.path.isdir(f"{_PROC}/self"):
+    if not has_table():
         return [group] if _signal_group(group, 0) else []
-    return [
-        pid
-        for pid in _all_pids()
-        if (fields := _stat_fields(pid)) and int(fields[2]) == group and fields[0] not in (b"Z", b"X")
-    ]
+    return [pid for pid, one in table().items() if one.group == group and one.is_running]
 
 
 def bearers(mark: bytes) -> list[int]:
@@ -145,7 +144,45 @@ def bearers(mark: bytes) -> list[int]:
     It finds what left its process group and its parent, as daemons do.
     """
     own = os.getpid()
-    return [pid for pid in _all_pids() if pid != own and mark in _read(f"{_PROC}/{pid}/environ").split(b"\0")]
+    return [pid for pid in _all_pids() if pid != own and entry_of(pid, mark) == mark]
+
+
+def entry_of(pid: int, beginning: bytes) -> bytes | None:
+    """The entry of the environment that `pid` was started with which begins so ("NAME=", "NAME=val")."""
+    environment = b"\0" + _read(f"{_PROC}/{pid}/environ")
+    start = environment.find(b"\0" + beginning) + 1
+    if start == 0:
+        return None
+    end = environment.find(b"\0", start)
+    return environment[start:] if end < 0 else environment[start:end]
+
+
+class Entry(NamedTuple):
+    """What the system's table of processes says of one.
+
+    Attributes:
+        group: its process group.
+        start_ticks: when it started, in clock ticks since boot.
+        is_running: whether it has not ended; a zombie has.
+    """
+
+    group: int
+    start_ticks: int
+    is_running: bool
+
+
+def has_table() -> bool:
+    """Whether this system shows its processes (Linux: /proc)."""
+    return os.path.isdir(f"{_PROC}/self")
+
+
+def table() -> dict[int, Entry]:
+    """All processes of this host, by pid."""
+    return {
+        pid: Entry(int(fields[2]), int(fields[19]), fields[0] not in (b"Z", b"X"))
+        for pid in _all_pids()
+        if (fields := _stat_fields(pid))
+    }
 
 
 def group_is_empty(group: int) -> bool:
@@ -212,7 +249,7 @@ def end_descendants(pid: int, grace_s: float) -> None:
 def end_tree(pid: int, grace_s: float) -> None:
     """End `pid`, its process group if it leads one, and what they started: TERM, a grace time, KILL.
 
-    The process itself is not reaped; that is its parent's to do.
+    The process itself is not reaped; that is its parent's to do. The calling process is never signalled.
     """
     known: dict[int, int | None] = {}
 
@@ -224,19 +261,43 @@ def end_tree(pid: int, grace_s: float) -> None:
             *(found for old in list(known) for found in descendants(old)),
         ]:
             known.setdefault(member, start_ticks(member))
-        return [one for one, ticks in known.items() if is_running(one) and start_ticks(one) == ticks]
+        return [
+            one
+            for one, ticks in known.items()
+            if one != os.getpid() and is_running(one) and start_ticks(one) == ticks
+        ]
 
     known[pid] = start_ticks(pid)
+    end_found(alive, grace_s)
+
+
+def end_found(
+    find: Callable[[], Iterable[int]], grace_s: float, kill_wait_s: float = _KILL_WAIT_S
+) -> list[int]:
+    """End the processes that `find` finds, until it finds none: TERM, a grace time, KILL.
+
+    Args:
+        find: called again and again, for what was started meanwhile; what has ended it must not name.
+        grace_s: seconds between TERM and KILL; 0 kills at once.
+        kill_wait_s: how long to go on with KILL.
+
+    Returns:
+        What is left all the same.
+    """
+    pause = _PAUSE_S
     if grace_s > 0:
-        _signal_each(alive(), signal.SIGTERM)
+        _signal_each(find(), signal.SIGTERM)
         deadline = time.monotonic() + grace_s
-        while alive() and time.monotonic() < deadline:
-            time.sleep(_PAUSE_S)
-    for _ in range(100):
-        if not (left := alive()):
-            return
+        while find() and time.monotonic() < deadline:
+            time.sleep(pause)
+            pause = min(1.5 * pause, _LONGEST_PAUSE_S)
+    deadline = time.monotonic() + kill_wait_s
+    while left := list(find()):
         _signal_each(left, signal.SIGKILL)
+        if time.monotonic() > deadline:
+            return left
         time.sleep(_PAUSE_S)
+    return []
 
 
 class Child:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 # Why a unit ended otherwise than by itself.
 TIMEOUT = "TIMEOUT"  # its own `timeout` had passed
-CANCELLED = "CANCELLED"  # the run was told to stop
+CANCELLED = "CANCELLED"  # the run was told to stop, or another coordinator has taken it over
 LAUNCH_FAILED = "LAUNCH_FAILED"  # nothing could be started: no process, no file, no space
 UNKILLABLE = "UNKILLABLE"  # it outlived SIGKILL: a hanging file system, mostly
 
@@ -30,13 +30,15 @@ class UnitSpec:
         function: its Python function; None for a command.
         args: what its args file holds, or its keyword arguments; JSON values.
         run_id: the run it belongs to.
-        run_dir: the run's directory; a file `shutdown` in it asks the unit to stop.
+        run_dir: the run's directory, whose files tell the unit to stop (`worker.stop`).
         folder: the directory of the unit's files.
         prefix: what their names begin with.
         env: variables to add to the environment.
         timeout_s: seconds it may take; None for no limit.
         grace_s: seconds between TERM and KILL when it is ended.
         coordinator: host and pid of the process that made this spec.
+        epoch: which of the run's coordinators that is: 1 for the first, one more for each that resumes it.
+        digest: of its command and arguments, recorded with its start; "" for none.
     """
 
     key: str
@@ -51,6 +53,8 @@ class UnitSpec:
     timeout_s: float | None = None
     grace_s: float = 5.0
     coordinator: tuple[str, int] = ("", 0)
+    epoch: int = 1
+    digest: str = ""
 
     @property
     def args_file(self) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from fractal_runner.worker.spec import UnitResult
 from fractal_runner.workflow.units import Unit
 
 DEFAULT_WINDOW = 1000
+LOCAL_WINDOW = 128  # a deeper queue gains nothing there, and each unit in it is recorded twice
 _BATCH = 256
 _TICK_S = 0.2
 _BREATHER = 64
@@ -55,35 +57,53 @@ class Dispatch:
         self._window = window
         self._takes_back = takes_back
         self._in_flight: dict[Future[UnitResult], Unit] = {}
+        self._again: deque[Unit] = deque()
         self._refused: list[Ended] = []
         self._ended: queue.SimpleQueue[Future[UnitResult] | None] = queue.SimpleQueue()
 
-    def batches(self) -> Iterator[list[Ended]]:
-        """Units as they end, until all have; an empty batch now and then, to look at other things."""
+    def batches(self, due_in: Callable[[], float] = lambda: _TICK_S) -> Iterator[list[Ended]]:
+        """Units as they end, until all have; an empty batch now and then, to look at other things.
+
+        Args:
+            due_in: seconds after which an empty batch is wanted.
+        """
         while True:
             self._fill()
             if self._refused:
                 yield self._refused
                 self._refused = []
             if self._in_flight:
-                yield self._collect()
-            elif self._units is None:
+                yield self._collect(min(_TICK_S, due_in()))
+            elif self._units is None and not self._again:
                 return
 
-    def running(self) -> int:
-        """How many units have started and not ended, as far as their futures tell."""
-        return sum(future.running() for future in self._in_flight)
+    def again(self, unit: Unit) -> None:
+        """Submit another attempt at a unit, before those that have not been submitted yet."""
+        self._again.append(unit)
+
+    def adopt(self, unit: Unit, future: Future[UnitResult]) -> None:
+        """Take on a unit that an earlier coordinator has submitted."""
+        self._in_flight[future] = unit
+        future.add_done_callback(self._ended.put)
+
+    def running(self) -> list[Unit]:
+        """The units that have started and not ended, as far as their futures tell."""
+        return [unit for future, unit in self._in_flight.items() if future.running()]
 
     def wake(self) -> None:
         """Make `batches` yield now. The one method for other threads."""
         self._ended.put(None)
 
-    def submit_no_more(self) -> None:
-        """Leave out the units that have not been submitted, and take back those that have not started."""
+    def submit_no_more(self) -> list[Unit]:
+        """Leave out the units that have not been submitted, and take back those that have not started.
+
+        Returns:
+            Those that were taken back.
+        """
         self._units = None
-        for future in list(self._in_flight) if self._takes_back else ():
-            if future.cancel():
-                del self._in_flight[future]
+        self._again.clear()
+        futures = list(self._in_flight) if self._takes_back else []
+        return [self._in_flight.pop(future) for future in futures if future.cancel()]
 
     def abandon(self) -> list[Unit]:
         """Wait for nothing more; the units that were still in flight."""
@@ -94,10 +114,9 @@ class Dispatch:
 
     def _fill(self) -> None:
         submitted = 0
-        while self._units is not None and len(self._in_flight) < self._window:
-            unit = next(self._units, None)
+        while len(self._in_flight) < self._window:
+            unit = self._next()
             if unit is None:
-                self._units = None
                 return
             try:
                 future = self._submit(unit)
@@ -116,10 +135,18 @@ class Dispatch:
                 if not self._ended.empty():
                     return
 
-    def _collect(self) -> list[Ended]:
+    def _next(self) -> Unit | None:
+        if self._again:
+            return self._again.popleft()
+        unit = None if self._units is None else next(self._units, None)
+        if unit is None:
+            self._units = None
+        return unit
+
+    def _collect(self, timeout: float) -> list[Ended]:
         batch: list[Ended] = []
         try:
-            future = self._ended.get(timeout=_TICK_S)
+            future = self._ended.get(timeout=timeout)
             if len(self._in_flight) > _MANY:
                 # Each time this thread wakes, a worker waits for the interpreter: a few units together
                 # cost the workers half of what they cost one by one, and the window keeps them busy.

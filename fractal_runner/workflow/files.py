@@ -17,15 +17,19 @@ from typing import Any
 from pydantic import ValidationError
 
 from fractal_runner.errors import InputFileError
+from fractal_runner.worker.jsontext import encoder
 from fractal_runner.workflow.manifest import TaskLookupError, TaskPackage, find_packages, find_task
 from fractal_runner.workflow.models import Dataset, Image, Task, Workflow, describe
 from fractal_runner.workflow.outputs import collector_paused
+
+DATASET_FILE = "dataset.json"
+FILTERS_FILE = "filters.json"
 
 _LEGACY_DATASET_KEYS = ("filters", "type_filters", "attribute_filters")
 _BY_NAME = {"pkg_name", "version", "name"}
 _COMMANDS = ("command_non_parallel", "command_parallel", "function_non_parallel", "function_parallel")
 _IMAGES_AT_A_TIME = 1000
-_encode = json.JSONEncoder().encode
+_encode = encoder()
 
 
 def load_workflow(
@@ -96,7 +100,7 @@ def write_dataset(path: Path, dataset: Dataset) -> None:
     Raises:
         OSError: if it cannot be written; what was there before is still there.
     """
-    write_file(path, _dataset_text(dataset))
+    write_file(path, dataset_text(dataset))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -122,7 +126,8 @@ def write_file(path: Path, parts: Iterator[str]) -> None:
         raise
 
 
-def _dataset_text(dataset: Dataset) -> Iterator[str]:
+def dataset_text(dataset: Dataset) -> Iterator[str]:
+    """A dataset in the export format, in parts."""
     head: dict[str, Any] = {"name": dataset.name, "zarr_dir": dataset.zarr_dir}
     if dataset.id is not None:
         head["id"] = dataset.id

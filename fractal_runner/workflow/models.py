@@ -338,6 +338,9 @@ class Workflow(_Model):
             )
             for position, task in enumerate(tasks)
         ]
+        for given, task in zip(tasks, numbered, strict=True):
+            if given.id is None or "id" not in given.model_fields_set:
+                task.model_fields_set.discard("id")  # its position is no name that lasts
         for name in ("id", "order"):
             seen: dict[Any, int] = {}
             for position, task in enumerate(numbered):

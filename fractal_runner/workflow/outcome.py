@@ -5,7 +5,7 @@ Kept small per unit: a stage may have a million, and most return nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from fractal_runner.workflow.failures import UnitError
@@ -17,6 +17,8 @@ from fractal_runner.workflow.outputs import (
     validate_output,
 )
 from fractal_runner.workflow.units import Stage, Unit
+
+Validated = TaskOutput | list[ComputeItem] | None
 
 _SUCCEEDED, _FAILED = 1, 2
 
@@ -47,15 +49,19 @@ class Outcome:
         self._outputs: dict[int, TaskOutput] = {}
         self._lists_items = stage.task.task.is_compound and not stage.parallel
 
-    def succeed(self, unit: Unit, raw: Any) -> None:
-        """Take in the output of a unit that ended well.
+    def validated(self, raw: Any) -> Validated:
+        """What a unit of this stage returned, once it is known to be valid.
 
         Raises:
-            ValueError: if the output is not valid; the unit has not succeeded then.
+            ValueError: if it is not.
         """
-        if self._lists_items:
-            self.items = validate_init_output(raw)
-        elif (output := validate_output(raw)) is not None:
+        return validate_init_output(raw) if self._lists_items else validate_output(raw)
+
+    def succeed(self, unit: Unit, output: Validated) -> None:
+        """Take in a unit that ended well, and its output."""
+        if isinstance(output, list):
+            self.items = output
+        elif output is not None:
             self._outputs[unit.index] = output
         self._ends[unit.index] = _SUCCEEDED
         self.done += 1
@@ -63,6 +69,16 @@ class Outcome:
     def fail(self, unit: Unit, error: UnitError) -> None:
         self._ends[unit.index] = _FAILED
         self.failures[unit.index] = error
+
+    def image_states(self, selected: Iterable[str]) -> dict[str, bool]:
+        """Of the images that the task was given: whether every unit that had it is done."""
+        if not self.stage.parallel:  # its one unit had them all
+            return dict.fromkeys(selected, self.done == self.count and not self._lists_items)
+        states = dict.fromkeys(selected, True)
+        for url, end in zip(self._urls, self._ends, strict=True):
+            if url in states:
+                states[url] = states[url] and end == _SUCCEEDED
+        return states
 
     def units(self) -> Iterator[UnitOutput]:
         """All units in order, as merging sees them; one that did not run is as one that failed."""

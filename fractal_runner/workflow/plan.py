@@ -12,11 +12,13 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from fractal_runner.errors import did_you_mean
 from fractal_runner.workflow.images import ImageList
 from fractal_runner.workflow.models import AttributeValue, Image, Types, Workflow, WorkflowTask, describe
 from fractal_runner.workflow.units import Stage, title
 
 STATUS_FILTER = "__wftask_dataset_image_status__"
+STATUSES = ("unset", "submitted", "done", "failed")
 
 _TYPE_FILTERS = TypeAdapter(Types)
 _ATTRIBUTE_FILTERS = TypeAdapter(dict[str, list[AttributeValue]])
@@ -47,9 +49,17 @@ def task_range(workflow: Workflow, first: int | None, last: int | None) -> range
 
 
 def check_filters(
-    type_filters: Mapping[str, bool] | None, attribute_filters: Mapping[str, Sequence[Any]] | None
+    type_filters: Mapping[str, bool] | None,
+    attribute_filters: Mapping[str, Sequence[Any]] | None,
+    *,
+    has_history: bool = False,
 ) -> tuple[dict[str, bool], dict[str, list[Any]]]:
     """The filters of a run, checked.
+
+    Args:
+        type_filters: as the caller has given them.
+        attribute_filters: likewise.
+        has_history: whether there is a record of earlier runs, which images can be selected by.
 
     Raises:
         ValueError: naming the filter and its value.
@@ -65,10 +75,17 @@ def check_filters(
             f"job_attribute_filters={attribute_filters!r}: {'; '.join(describe(error))}"
         ) from None
     if STATUS_FILTER in attributes:
-        raise ValueError(
-            f"the attribute filter {STATUS_FILTER!r} needs the recorded history of earlier runs, and there "
-            "is none: this run keeps no history"
-        )
+        if not has_history:
+            raise ValueError(
+                f"the attribute filter {STATUS_FILTER!r} selects images by what earlier runs have come to: "
+                "give the history= that holds them (on the command line, --db)"
+            )
+        for value in attributes[STATUS_FILTER]:
+            if value not in STATUSES:
+                raise ValueError(
+                    f"the attribute filter {STATUS_FILTER!r} knows no status {value!r}: "
+                    f"{did_you_mean(str(value), STATUSES)}"
+                )
     return types, attributes
 
 

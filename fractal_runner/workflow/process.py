@@ -24,7 +24,9 @@ from fractal_runner.executors import registry
 from fractal_runner.workflow import plan
 from fractal_runner.workflow.events import Event
 from fractal_runner.workflow.models import Dataset, Workflow
-from fractal_runner.workflow.run import END_MARGIN_S, Run, RunCancelledError
+from fractal_runner.workflow.opening import HistoryChoice, RunPlan
+from fractal_runner.workflow.run import Run, RunCancelledError, RunOptions
+from fractal_runner.workflow.stage import END_MARGIN_S
 
 USER_CACHE_VARIABLE = "FRACTAL_CACHE_DIR"
 
@@ -45,6 +47,9 @@ async def process_workflow(
     job_type_filters: Mapping[str, bool] | None = None,
     user_id: int | str | None = None,
     executor: registry.ExecutorChoice = None,
+    resume: bool = False,
+    history: HistoryChoice = None,
+    rerun_unknown: bool = False,
     on_event: Callable[[Event], object] | None = None,
     user_cache_dir: str | os.PathLike[str] | None = None,
     on_failure: Literal["continue", "stop"] = "continue",
@@ -59,17 +64,24 @@ async def process_workflow(
         workflow: the workflow.
         dataset: the dataset; it is not changed.
         workflow_dir_local: the run's directory, as this process sees it; made if need be. It must not
-            hold another run.
-        job_id: the caller's name for this run, for logs.
+            hold a run, unless it is to be resumed.
+        job_id: the caller's name for this run, for logs and the history.
         workflow_dir_remote: the same directory as the workers see it, if they see it elsewhere.
         first_task_index: position of the first task to run; None for 0.
         last_task_index: position of the last one, included; None for the workflow's last.
         logger_name: name of the logger that is told what happens.
         job_attribute_filters: values that an attribute may have, by name: {"well": ["A01", "A02"]}.
         job_type_filters: types that images must have for the first task: {"is_3D": True}.
-        user_id: who runs it, for logs.
+        user_id: who runs it, for logs and the history.
         executor: an executor, which stays the caller's to shut down; an executor class; a name, or a name
             and options; None for "thread".
+        resume: go on with the run that the directory holds, where it stopped or was killed; where there
+            is none, begin it. What is done is not done again, and must not have changed.
+        history: where the run is recorded: a History, which stays the caller's to close, an SQLAlchemy URL,
+            or the path of a SQLite file; None for history.sqlite in the run's directory.
+        rerun_unknown: in a resume, run those units again, too, of which nobody knows how far they got,
+            although their task says `"rerunnable": false`, or they may still run on a host that cannot be
+            reached.
         on_event: called with each event on the event loop, in order. What it raises is logged.
         user_cache_dir: FRACTAL_CACHE_DIR in the tasks' environment.
         on_failure: "continue" runs all units of a failing task, "stop" leaves out those not started.
@@ -83,7 +95,10 @@ async def process_workflow(
         The dataset after the last task.
 
     Raises:
-        ValueError, TypeError: an argument is wrong, or contradicts another; nothing has run.
+        ValueError, TypeError: an argument is wrong, or contradicts another, or what the run that is to be
+            resumed has done; nothing has run.
+        RunBusyError: another coordinator is at work on this directory; nothing has run.
+        HistoryError: the history cannot be opened; nothing has run.
         TaskExecutionError: a unit failed by itself. Its `dataset` has what succeeded merged into it.
         JobExecutionError: something else ended a unit, or the run could not go on.
         TaskOutputValidationError: a unit left output that is not valid.
@@ -94,26 +109,42 @@ async def process_workflow(
         known = [*(process_workflow.__kwdefaults__ or {}), "workflow", "dataset", "workflow_dir_local"]
         raise TypeError(f"process_workflow() takes no argument {name!r}: {did_you_mean(name, known)}")
     _check_arguments(workflow, dataset, on_failure, max_in_flight, grace_s)
+    types, attributes = plan.check_filters(
+        job_type_filters, job_attribute_filters, has_history=history is not None
+    )
     loop = asyncio.get_running_loop()
     task = asyncio.current_task()
     logger = logging.getLogger(logger_name)
     courier = _Courier(loop, on_event, logger)
-    run = Run(
+    wanted = RunPlan(
         workflow=workflow,
         dataset=dataset,
-        local=Path(workflow_dir_local),
-        remote=None if workflow_dir_remote is None else os.fspath(workflow_dir_remote),
         positions=plan.task_range(workflow, first_task_index, last_task_index),
-        filters=plan.check_filters(job_type_filters, job_attribute_filters),
+        type_filters=types,
+        attribute_filters=attributes,
+        directory=_absolute(workflow_dir_local),
+        executor=registry.by_name(executor),
+        job_id=job_id,
+        user_id=user_id,
+    )
+    options = RunOptions(
+        remote=None if workflow_dir_remote is None else os.fspath(workflow_dir_remote),
+        env={} if user_cache_dir is None else {USER_CACHE_VARIABLE: os.fspath(user_cache_dir)},
+        stop_at_failure=on_failure == "stop",
+        window=max_in_flight,
+        grace_s=grace_s,
+        history=history,
+        resume=resume,
+        rerun_unknown=rerun_unknown,
+    )
+    run = Run(
+        wanted,
+        options,
         executors=registry.Executors(executor),
         logger=logger,
         label=("run" if job_id is None else f"job {job_id}")
         + ("" if user_id is None else f", user {user_id}"),
         emit=None if on_event is None else courier.send,
-        env={} if user_cache_dir is None else {USER_CACHE_VARIABLE: os.fspath(user_cache_dir)},
-        stop_at_failure=on_failure == "stop",
-        window=max_in_flight,
-        grace_s=grace_s,
         drain=drain,
         is_cancelled=lambda: task is not None and task.cancelling() > 0,
     )
@@ -212,6 +243,10 @@ async def _until(ended: asyncio.Future[Dataset], seconds: float) -> None:
             await asyncio.wait({ended}, timeout=left)
     if ended.done() and not ended.cancelled():
         ended.exception()  # it has been looked at: the caller asked for no result any more
+
+
+def _absolute(directory: str | os.PathLike[str]) -> Path:
+    return Path(os.path.abspath(directory))  # noqa: PTH100 - links are kept
 
 
 def _check_arguments(

@@ -18,10 +18,12 @@ import cloudpickle
 
 from fractal_runner.worker.function import FunctionRef
 from fractal_runner.worker.spec import UnitSpec
+from fractal_runner.workflow.identity import unit_digest
 from fractal_runner.workflow.meta import Resources, read_meta
 from fractal_runner.workflow.models import Image, WorkflowTask
 from fractal_runner.workflow.outputs import ComputeItem
 
+_PREFIX = re.compile(r"(non_par|par)(?:-\d+-(\d+))?(?:-try(\d+))?")
 BATCH_SIZE = 1000  # units of one subfolder: directories of a million files are slow everywhere
 
 
@@ -33,11 +35,19 @@ class Unit:
         index: its place among the stage's units.
         zarr_url: its image's, or its element's; None for a unit of all images.
         args: what it is called with.
+        digest: of its command and arguments: what was recorded of a unit is of this one if it is the same.
+        attempt: which attempt at it this is, from 1, over all of the run's coordinators.
+        retry: how many attempts have failed under this coordinator.
+        avoid: nodes that this attempt is to be kept off.
     """
 
     index: int
     zarr_url: str | None
     args: Mapping[str, Any]
+    digest: str
+    attempt: int = 1
+    retry: int = 0
+    avoid: tuple[str, ...] = ()
 
 
 class Stage:
@@ -62,6 +72,7 @@ class Stage:
         self.command = None if command is None else tuple(shlex.split(command))
         function = getattr(task.task, f"function_{half}")
         self.function = None if function is None else FunctionRef(function, cloudpickle.dumps)
+        self._digest = unit_digest(task)
         try:
             metas = getattr(task.task, f"meta_{half}"), getattr(task, f"meta_{half}")
             self.resources: Resources = read_meta(*metas)
@@ -73,18 +84,21 @@ class Stage:
         args: dict[str, Any] = {"zarr_dir": zarr_dir}
         if not self.task.task.is_converter:
             args["zarr_urls"] = [image.zarr_url for image in images]
-        return Unit(0, None, {**args, **self.args})
+        return self._unit(0, None, {**args, **self.args})
 
     def image_units(self, images: Iterable[Image]) -> Iterator[Unit]:
         """One unit per image."""
         for index, image in enumerate(images):
-            yield Unit(index, image.zarr_url, {"zarr_url": image.zarr_url, **self.args})
+            yield self._unit(index, image.zarr_url, {"zarr_url": image.zarr_url, **self.args})
 
     def compute_units(self, items: Iterable[ComputeItem]) -> Iterator[Unit]:
         """One unit per element of the parallelization list."""
         for index, item in enumerate(items):
             args = {"zarr_url": item.zarr_url, "init_args": item.init_args, **self.args}
-            yield Unit(index, item.zarr_url, args)
+            yield self._unit(index, item.zarr_url, args)
+
+    def _unit(self, index: int, zarr_url: str | None, args: Mapping[str, Any]) -> Unit:
+        return Unit(index, zarr_url, args, self._digest(args))
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +113,7 @@ class Place:
         remote: as the workers see it.
         env: variables for every unit's environment.
         coordinator: host and pid of this process.
+        epoch: which of the run's coordinators this is.
         grace_s: seconds between TERM and KILL.
     """
 
@@ -109,6 +124,7 @@ class Place:
     remote: str
     env: tuple[tuple[str, str], ...]
     coordinator: tuple[str, int]
+    epoch: int
     grace_s: float
 
     def folders(self) -> Iterator[Path]:
@@ -119,11 +135,12 @@ class Place:
             for batch in range(-(-self.count // BATCH_SIZE)):
                 yield top / f"{batch:06d}"
 
-    def spec(self, unit: Unit, attempt: int = 1) -> UnitSpec:
+    def spec(self, unit: Unit) -> UnitSpec:
+        """What a worker is given of this attempt at the unit."""
         stage = self.stage
-        prefix = self._prefix(unit, attempt)
+        prefix = self._prefix(unit)
         return UnitSpec(
-            key=f"{self.run_id}/{stage.task.order}/{prefix}",
+            key=f"{self.keys}{prefix}",
             command=stage.command,
             function=stage.function,
             args=unit.args,
@@ -135,20 +152,31 @@ class Place:
             timeout_s=stage.resources.timeout_s,
             grace_s=self.grace_s,
             coordinator=self.coordinator,
+            epoch=self.epoch,
+            digest=unit.digest,
         )
+
+    @property
+    def keys(self) -> str:
+        """What the keys of all units of the task begin with."""
+        return keys_of(self.run_id, self.stage.task)
 
     def call_name(self, unit: Unit) -> str:
         """What the unit's call is called in displays and in the list of processes."""
         name = self.stage.task.task.name
         return f"{name} {unit.index}" if self.stage.parallel else name
 
-    def log_file(self, unit: Unit, attempt: int = 1) -> str:
+    def log_file(self, unit: Unit) -> str:
         """The path of the unit's log as the caller sees it."""
-        return str(self.local / self._folder(unit) / f"{self._prefix(unit, attempt)}-log.txt")
+        return str(self.local / self.log_name(unit))
 
-    def args_file(self, unit: Unit, attempt: int = 1) -> str:
+    def log_name(self, unit: Unit) -> str:
+        """The path of the unit's log in the run's directory."""
+        return f"{self._folder(unit)}/{self._prefix(unit)}-log.txt"
+
+    def args_file(self, unit: Unit) -> str:
         """The path of the unit's arguments as the caller sees it."""
-        return str(self.local / self._folder(unit) / f"{self._prefix(unit, attempt)}-args.json")
+        return str(self.local / self._folder(unit) / f"{self._prefix(unit)}-args.json")
 
     def _folder(self, unit: Unit) -> str:
         name = self.stage.folder
@@ -156,11 +184,25 @@ class Place:
             return f"{name}/{unit.index // BATCH_SIZE:06d}"
         return name
 
-    def _prefix(self, unit: Unit, attempt: int) -> str:
-        again = f"-try{attempt}" if attempt > 1 else ""
+    def _prefix(self, unit: Unit) -> str:
+        again = f"-try{unit.attempt}" if unit.attempt > 1 else ""
         if not self.stage.parallel:
             return f"{self.stage.name}{again}"
         return f"{self.stage.name}-{unit.index // BATCH_SIZE:06d}-{unit.index:07d}{again}"
+
+
+def keys_of(run_id: str, task: WorkflowTask) -> str:
+    """What the keys of all units of a task begin with."""
+    return f"{run_id}/{task.order}/"
+
+
+def unit_of_key(key: str) -> tuple[str, int, int]:
+    """Stage, index and attempt of the unit that has this key."""
+    found = _PREFIX.fullmatch(key.rpartition("/")[2])
+    if found is None:
+        raise ValueError(f"{key!r} is not the key of a unit")
+    stage, index, attempt = found.groups()
+    return stage, int(index or 0), int(attempt or 1)
 
 
 def stages_of(task: WorkflowTask) -> list[Stage]:
@@ -176,6 +218,11 @@ def folder_name(task: WorkflowTask) -> str:
     """The folder of a task's files: no name of a task can lead out of the run's directory."""
     slug = re.sub(r"[^a-z0-9]", "_", task.task.name.lower())
     return f"{task.order}_{slug[:120]}"  # file names end at 255 bytes
+
+
+def order_of(task: WorkflowTask) -> int:
+    """A workflow task's order; a Workflow numbers those that have none."""
+    return -1 if task.order is None else task.order
 
 
 def title(task: WorkflowTask) -> str:

@@ -13,10 +13,10 @@ import sys
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import cloudpickle
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,32 +26,9 @@ from fractal_runner.errors import JobExecutionError
 from fractal_runner.worker import processes
 from fractal_runner.worker.command import log_tail, run_unit
 from fractal_runner.worker.evidence import CorruptEvidenceError, frame, payloads, read_ledger
-from fractal_runner.worker.function import FunctionRef
 from fractal_runner.worker.spec import LAUNCH_FAILED, UnitSpec
 
 Make = Callable[..., UnitSpec]
-
-
-@pytest.fixture
-def spec(tmp_path: Path) -> Make:
-    (tmp_path / "evidence").mkdir()
-    (tmp_path / "0_t").mkdir()
-
-    def make(script: str = "", function: Any = None, **more: Any) -> UnitSpec:
-        values: dict[str, Any] = {
-            "key": "run/0/par-000000-0000000",
-            "command": None if function else ("sh", "-c", script, "sh"),
-            "function": FunctionRef(function, cloudpickle.dumps) if function else None,
-            "args": {"zarr_url": "/z/1"},
-            "run_id": str(tmp_path),
-            "run_dir": str(tmp_path),
-            "folder": str(tmp_path / "0_t"),
-            "prefix": "par-000000-0000000",
-            "coordinator": (os.uname().nodename, os.getpid()),
-        }
-        return UnitSpec(**{**values, **more})
-
-    return make
 
 
 def records(spec: UnitSpec) -> list[dict[str, Any]]:
@@ -225,6 +202,41 @@ def test_start_process_and_end_are_recorded(spec: Make, tmp_path: Path) -> None:
     assert end["result"]["output"] == {"json": "{}\n"}
     [seen] = (tmp_path / "seen").iterdir()
     assert [record["kind"] for record in read_ledger(seen)] == ["worker", "start", "process"]
+
+
+def test_the_worker_says_for_whom_it_works_and_says_it_anew_for_the_next(spec: Make) -> None:
+    host, pid = os.uname().nodename, os.getpid()
+    unit = spec(function=lambda **_: None)
+
+    run_unit(unit)
+    run_unit(replace(unit, epoch=2))
+    run_unit(replace(unit, epoch=2, coordinator=(host, 1)))
+    run_unit(replace(unit, epoch=2, coordinator=("elsewhere", 7)))
+
+    said = [record["coordinator"] for record in records(unit) if record["kind"] == "worker"]
+    own = [host, pid, processes.start_ticks(pid)]
+    assert said == [own, own, [host, 1, processes.start_ticks(1)], ["elsewhere", 7, None]]
+
+
+def test_a_start_bears_the_digest_of_what_is_started(spec: Make) -> None:
+    unit = spec("true", digest="abc")
+
+    run_unit(unit)
+
+    assert records(unit)[1]["digest"] == "abc"
+
+
+@pytest.mark.parametrize("torn", [1, 30, 90_000])
+def test_a_worker_takes_back_what_its_predecessor_was_writing_when_it_died(spec: Make, torn: int) -> None:
+    unit = spec(function=lambda **_: None)
+    run_unit(unit)
+    [ledger] = Path(unit.run_dir, "evidence").iterdir()
+    with ledger.open("ab") as file:
+        file.write(frame(b"x" * 100_000)[:torn])
+
+    run_unit(replace(unit, epoch=2))
+
+    assert [record["kind"] for record in records(unit)] == ["worker", "start", "end"] * 2
 
 
 def test_large_output_is_recorded_by_its_checksum(spec: Make) -> None:

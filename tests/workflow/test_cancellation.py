@@ -28,7 +28,7 @@ from fractal_runner import (
     ThreadExecutor,
     WorkflowTask,
 )
-from fractal_runner.workflow import run as run_module
+from fractal_runner.workflow import stage as stage_module
 
 GRACE_S = 0.5
 STUBBORN = """
@@ -313,7 +313,7 @@ async def test_an_executor_that_never_answers_is_given_up(
             self.taken += 1
             return future
 
-    monkeypatch.setattr(run_module, "END_MARGIN_S", 0.1)
+    monkeypatch.setattr(stage_module, "END_MARGIN_S", 0.1)
     mute = Mute()
     call = asyncio.ensure_future(run(parallel(), executor=mute, grace_s=0.1))
     await until(lambda: mute.taken == 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fractal_runner import Image, JobExecutionError, TaskExecutionError
+from fractal_runner import Image, JobExecutionError, RunBusyError, TaskExecutionError
 
 
 @pytest.fixture
@@ -49,8 +50,11 @@ while not os.path.exists({str(tmp_path)!r} + "/end"):
     call = asyncio.ensure_future(run(parallel(script(body), output_types={"t": True})))
     await until((tmp_path / "began").exists)
 
-    with pytest.raises(ValueError, match=f"{tmp_path / 'run'} already holds a run: take another directory"):
+    with pytest.raises(ValueError, match=f"{tmp_path / 'run'} already holds a run: go on with it"):
         await run(parallel())
+    with pytest.raises(RunBusyError, match=f"process {os.getpid()} on .* is at work on its run") as busy:
+        await run(parallel(), resume=True)
+    assert busy.value.pid == os.getpid()
 
     (tmp_path / "end").touch()
     assert (await call).images[0].types == {"t": True}
@@ -60,7 +64,7 @@ async def test_of_two_runs_that_start_at_once_one_has_the_directory(run: Any, pa
     answers = await asyncio.gather(*(run(parallel()) for _ in range(5)), return_exceptions=True)
 
     assert sum(not isinstance(answer, Exception) for answer in answers) == 1
-    assert sum(isinstance(answer, ValueError) for answer in answers) == 4
+    assert sum(isinstance(answer, (ValueError, RunBusyError)) for answer in answers) == 4
 
 
 @pytest.mark.parametrize("below", [False, True])
@@ -80,7 +84,7 @@ async def test_a_read_only_file_system_is_named(run: Any, parallel: Any, tmpfs: 
 
 
 async def test_a_disk_that_is_full_when_arguments_are_written_is_a_job_error_with_the_file(
-    run: Any, parallel: Any, script: Any, images: Any, tmpfs: Any
+    *, run: Any, parallel: Any, script: Any, images: Any, tmpfs: Any, tmp_path: Path
 ) -> None:
     place = tmpfs("size=256k")
     task = parallel(script(), args_parallel={"text": "x" * 200_000}, output_types={"t": True})
@@ -91,6 +95,7 @@ async def test_a_disk_that_is_full_when_arguments_are_written_is_a_job_error_wit
             task,
             dataset=images(3),
             workflow_dir_local=place / "run",
+            history=tmp_path / "elsewhere.sqlite",
             executor=("thread", {"max_workers": 1}),
         )
 

@@ -13,12 +13,16 @@ import pytest
 from fractal_runner import (
     Event,
     JobExecutionError,
+    RunFinished,
+    RunStarted,
     Task,
     TaskExecutionError,
     TaskFinished,
     TaskProgress,
     TaskStarted,
     UnitFinished,
+    UnitRunning,
+    UnitSubmitted,
     process_workflow,
 )
 
@@ -91,16 +95,20 @@ async def test_events_come_in_order_on_the_loops_thread(
         )
 
     assert threads == {threading.get_ident()}
-    told = [event for event in events if not isinstance(event, TaskProgress)]
-    assert [(type(event), event.order) for event in told] == [
+    told = [event for event in events if not isinstance(event, (TaskProgress, UnitRunning))]
+    assert [(type(event), getattr(event, "order", None)) for event in told] == [
+        (RunStarted, None),
         (TaskStarted, 0),
+        *[(UnitSubmitted, 0)] * 2,
         *[(UnitFinished, 0)] * 2,
         (TaskFinished, 0),
         (TaskStarted, 1),
+        *[(UnitSubmitted, 1)] * 2,
         *[(UnitFinished, 1)] * 2,
         (TaskFinished, 1),
+        (RunFinished, None),
     ]
-    assert told[0] == TaskStarted(order=0, task_name="First", images=2)
+    assert told[1] == TaskStarted(order=0, task_name="First", images=2)
     assert [event.succeeded for event in told if isinstance(event, TaskFinished)] == [True, False]
     failed = [event for event in told if isinstance(event, UnitFinished) and not event.succeeded]
     assert [(event.stage, event.index, event.zarr_url) for event in failed] == [("par", 1, "/z/1")]
@@ -139,7 +147,7 @@ async def test_what_a_listener_raises_is_logged_and_harmless(
     )
 
     assert after.images[0].types == {"t": True}
-    assert isinstance(seen[-1], TaskFinished)
+    assert isinstance(seen[-1], RunFinished)
     records = [record for record in caplog.records if "on_event raised" in record.getMessage()]
     assert len(records) == len(seen)
     assert {record.name for record in records} == {"mine"}

@@ -1,0 +1,284 @@
+"""The units of a task that an earlier coordinator began: which are done, which still run, which remain.
+
+Nothing is submitted before all of this is known. Calls that can be attached to are; what else still runs
+is fenced off and ended, so that no two executions of a unit ever overlap.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+
+from fractal_runner.errors import JobExecutionError
+from fractal_runner.worker.aftermath import Trace, end_leftovers, read_traces
+from fractal_runner.worker.command import EVIDENCE_DIR
+from fractal_runner.worker.spec import UnitResult
+from fractal_runner.worker.stop import raise_fence
+from fractal_runner.workflow.dispatch import Ended
+from fractal_runner.workflow.failures import UnitError
+from fractal_runner.workflow.journal import NEVER_STARTED, UNKNOWN_OUTCOME, Journal
+from fractal_runner.workflow.outcome import Outcome, Validated
+from fractal_runner.workflow.past import Attempt, TaskPast
+from fractal_runner.workflow.units import Place, Unit, keys_of, title
+
+_PATIENCE_S = 10.0  # for workers that still live to notice that they are fenced off, beyond the grace time
+_NAMED = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A unit that has ended, and what that means: valid output, or a failure."""
+
+    unit: Unit
+    result: UnitResult | None
+    output: Validated
+    failure: UnitError | None
+
+
+@dataclass(frozen=True, slots=True)
+class Adopted:
+    """A unit that an earlier coordinator has submitted, and that goes on under this one."""
+
+    unit: Unit
+    future: Future[UnitResult]
+
+
+class Recovery:
+    """What a resume knows of the task that was interrupted.
+
+    Args:
+        past: what is recorded of its units.
+        same_work: whether the task still does what it did then; else all its units run again.
+        rerun_unknown: run units again even if nobody knows how far they got, and they should not be.
+        epoch: which of the run's coordinators this is.
+        run_dir: the run's directory as it is seen from here.
+        logger: is told what was found.
+    """
+
+    def __init__(
+        self,
+        past: TaskPast,
+        *,
+        same_work: bool,
+        rerun_unknown: bool,
+        epoch: int,
+        run_dir: str,
+        logger: logging.Logger,
+    ) -> None:
+        self._past = past
+        self._same_work = same_work
+        self._rerun_unknown = rerun_unknown
+        self._epoch = epoch
+        self._run_dir = run_dir
+        self._logger = logger
+        self._is_fenced = False
+
+    def fence(self, spare: Iterable[str] = ()) -> None:
+        """Keep all workers of earlier coordinators from going on, but for the units of these keys."""
+        if not self._is_fenced:
+            raise_fence(self._run_dir, self._epoch, list(spare))
+            self._is_fenced = True
+
+    def recover(
+        self,
+        units: Iterable[Unit],
+        *,
+        place: Place,
+        outcome: Outcome,
+        journal: Journal,
+        judge: Callable[[Ended], Judged],
+        attach: Callable[[str], Future[UnitResult] | None],
+        discard: Callable[[Future[UnitResult]], None],
+    ) -> tuple[list[Unit], list[Adopted], list[Judged]]:
+        """Take in what is done of a stage.
+
+        Args:
+            units: all units of the stage.
+            place: where their files are.
+            outcome: told of those that are done.
+            journal: told of what it does not know yet.
+            judge: says what the end of a unit means.
+            attach: the call of a key that an earlier process has submitted, if there is one.
+            discard: ends such a call that is not wanted any more.
+
+        Returns:
+            What is still to be submitted; what was adopted; what was found to have ended, and is news.
+
+        Raises:
+            JobExecutionError: if units may still run, or may not be run again, and nobody said to.
+        """
+        remaining = []
+        for unit in units:
+            known = self._past.of(place.stage.name, unit.index).recorded(unit.digest)
+            if known is None:
+                remaining.append(unit)
+            else:
+                outcome.succeed(unit, outcome.validated(json.loads(known.output) if known.output else None))
+        if not remaining:
+            return [], [], []
+        adopted = self._attached(remaining, place, attach, discard)
+        self.fence(adopted)
+        self._listen(place, adopted)
+        rest: list[Unit] = []
+        news: list[Judged] = []
+        for unit in remaining:
+            found = self._settle(unit, place, journal, judge, adopted)
+            if isinstance(found, Judged):
+                if found.failure is None:
+                    outcome.succeed(found.unit, found.output)
+                news.append(found)
+            elif found is not None:
+                rest.append(found)
+        journal.flush()
+        self._logger.info(
+            "%s: of %d unit(s), %d are done already, %d still run, %d are to be run",
+            *(title(place.stage.task), outcome.count, outcome.done, len(adopted), len(rest)),
+        )
+        return rest, list(adopted.values()), news
+
+    def _attached(
+        self,
+        units: Iterable[Unit],
+        place: Place,
+        attach: Callable[[str], Future[UnitResult] | None],
+        discard: Callable[[Future[UnitResult]], None],
+    ) -> dict[str, Adopted]:
+        """The calls of these units that can be taken on, by key."""
+        adopted = {}
+        for unit in units:
+            past = self._past.of(place.stage.name, unit.index)
+            # Even what was never recorded may have been submitted: as the attempt after the last one.
+            numbers = [attempt.number for attempt in past.open()] or [past.last + 1]
+            for number in numbers:
+                attempt = replace(unit, attempt=number)
+                key = place.spec(attempt).key
+                future = attach(key)
+                if future is None:
+                    continue
+                known = past.attempts.get(number)
+                if self._same_work and (known is None or known.digest in ("", unit.digest)):
+                    adopted[key] = Adopted(attempt, future)
+                else:
+                    discard(future)
+        return adopted
+
+    def _listen(self, place: Place, adopted: Collection[str]) -> None:
+        """Hear the workers, end what is left of the units that nobody knows the end of, hear them again."""
+        evidence, keys = f"{self._run_dir}/{EVIDENCE_DIR}", keys_of(place.run_id, place.stage.task)
+        self._past.hear(read_traces(evidence, keys))
+        unknown = [
+            attempt.trace
+            for attempt in self._past.open_attempts()
+            if attempt.trace is not None and attempt.trace.result is None and attempt.trace.key not in adopted
+        ]
+        left = end_leftovers(
+            unknown,
+            run_id=place.run_id,
+            directory=evidence,
+            spare=adopted,
+            grace_s=place.grace_s,
+            patience_s=place.grace_s + _PATIENCE_S,
+        )
+        if unknown:
+            ended = read_traces(evidence, keys)
+            # How they end now is our doing, unless they came to a good end all the same.
+            self._past.hear(
+                {
+                    trace.key: ended[trace.key]
+                    for trace in unknown
+                    if (result := ended[trace.key].result) is not None and result.succeeded
+                }
+            )
+        self._refuse_to_guess(place, left, adopted)
+
+    def _refuse_to_guess(self, place: Place, left: list[Trace], adopted: Collection[str]) -> None:
+        """Stop if units would be run again that should not be.
+
+        Raises:
+            JobExecutionError: naming them.
+        """
+        if self._rerun_unknown:
+            return
+        how = "resume with rerun_unknown=True (--rerun-unknown) to run them again all the same"
+        if left:
+            where = ", ".join(
+                f"{trace.key.rpartition('/')[2]} on {trace.worker.host} (pid {trace.worker.pid})"
+                for trace in left[:_NAMED]
+            )
+            raise JobExecutionError(
+                f"{title(place.stage.task)}: {len(left)} unit(s) may still be running where they cannot be "
+                f"ended from here: {where}. End them there, or {how}.",
+                reason=UNKNOWN_OUTCOME,
+            )
+        if place.stage.resources.rerunnable:
+            return
+        unknown = [
+            attempt.trace.key.rpartition("/")[2]
+            for attempt in self._past.open_attempts(place.stage.name)
+            if attempt.trace is not None and attempt.trace.result is None and attempt.trace.key not in adopted
+        ]
+        if unknown:
+            raise JobExecutionError(
+                f"{title(place.stage.task)} is not to be repeated blindly (rerunnable: false), and of "
+                f"{len(unknown)} unit(s) that had started nobody knows how far they got: "
+                f"{', '.join(unknown[:_NAMED])}. Look at their images and logs; then {how}.",
+                reason=UNKNOWN_OUTCOME,
+            )
+
+    def _settle(
+        self,
+        unit: Unit,
+        place: Place,
+        journal: Journal,
+        judge: Callable[[Ended], Judged],
+        adopted: Collection[str],
+    ) -> Unit | Judged | None:
+        """Bring the record of a unit up to date.
+
+        Returns:
+            The next attempt at it, its success, or None if it goes on.
+        """
+        past = self._past.of(place.stage.name, unit.index)
+        success: Judged | None = None
+        goes_on = False
+        for attempt in past.open():
+            made = replace(unit, attempt=attempt.number, digest=attempt.digest or unit.digest)
+            journal.submitted(place, made, when=attempt.submitted)
+            if place.spec(made).key in adopted:
+                goes_on = True
+                continue
+            judged = self._ended(attempt, made, place, journal, judge)
+            if judged is not None and judged.failure is None and made.digest == unit.digest:
+                success = judged
+        if success is not None:
+            return success
+        again = replace(unit, attempt=past.last + 1)
+        if not goes_on and place.spec(again).key in adopted:
+            journal.submitted(place, again)
+            goes_on = True
+        return None if goes_on else again
+
+    def _ended(
+        self,
+        attempt: Attempt,
+        made: Unit,
+        place: Place,
+        journal: Journal,
+        judge: Callable[[Ended], Judged],
+    ) -> Judged | None:
+        """Record how an attempt has ended, as far as anybody knows."""
+        if attempt.trace is None:
+            journal.given_up(place, made, NEVER_STARTED, "The coordinator died before it started.")
+            return None
+        if attempt.trace.result is None:
+            journal.given_up(place, made, UNKNOWN_OUTCOME, "The coordinator died while it ran.")
+            return None
+        judged = judge(Ended(made, attempt.trace.result, None))
+        if judged.failure is None:
+            journal.done(place, made, attempt.trace.result)
+        else:
+            journal.failed(place, made, judged.failure, judged.result)
+        return judged

@@ -1,0 +1,457 @@
+"""One stage of a task on its way through an executor: submitted, watched, recorded, tried again.
+
+Everything here happens in the coordinator's thread. A unit's end is first judged, then recorded, then
+used: only what is in the history counts towards the outcome, and only then listeners are told.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fractal_runner.errors import HistoryError, JobExecutionError, TaskExecutionError
+from fractal_runner.history.writing import OwnershipLostError
+from fractal_runner.worker.command import run_unit
+from fractal_runner.worker.processes import host_name
+from fractal_runner.worker.spec import UnitResult
+from fractal_runner.worker.stop import StopRequest, ask_to_stop
+from fractal_runner.workflow import plan
+from fractal_runner.workflow.dispatch import DEFAULT_WINDOW, LOCAL_WINDOW, Dispatch, Ended
+from fractal_runner.workflow.events import (
+    Event,
+    RunningUnit,
+    TaskProgress,
+    UnitFinished,
+    UnitRetried,
+    UnitRunning,
+    UnitSubmitted,
+)
+from fractal_runner.workflow.failures import Explain
+from fractal_runner.workflow.journal import NEVER_STARTED, Journal
+from fractal_runner.workflow.outcome import Outcome, Validated
+from fractal_runner.workflow.outputs import collector_paused
+from fractal_runner.workflow.recovery import Adopted, Judged, Recovery
+from fractal_runner.workflow.units import Place, Stage, Unit, order_of, title, unit_of_key
+
+if TYPE_CHECKING:
+    from fractal_runner.executors.registry import Executors, Submitter
+
+END_MARGIN_S = 12.0  # beyond the grace time: for KILL to work, and for results to travel
+
+_LOOK_S = 0.2
+_LOOK_CLOSER_S = 1.0
+_SHOWN = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """What all stages of a run have in common.
+
+    Attributes:
+        run_id: the run.
+        epoch: which of its coordinators this is.
+        local: its directory, as it is seen from here.
+        remote: as the workers see it.
+        env: variables for every unit's environment.
+        executors: where units run.
+        journal: what tells the history.
+        logger: is told what people should know.
+        emit: brings events to the listener; None if there is none.
+        stop: whether the run was told to stop by its directory's file.
+        cancelled: set to end the run.
+        drain: set to start nothing more.
+        is_cancelled_outside: whether the caller of an inline run wants it to end.
+        is_inline: the run is executed in its caller's thread.
+        stop_at_failure: leave out what has not started once a unit has failed.
+        window: how many units may be in flight; None to choose.
+        grace_s: seconds between TERM and KILL.
+    """
+
+    run_id: str
+    epoch: int
+    local: Path
+    remote: str
+    env: tuple[tuple[str, str], ...]
+    executors: Executors
+    journal: Journal
+    logger: logging.Logger
+    emit: Callable[[Event], None] | None
+    stop: StopRequest
+    cancelled: threading.Event
+    drain: threading.Event
+    is_cancelled_outside: Callable[[], bool]
+    is_inline: bool
+    stop_at_failure: bool
+    window: int | None
+    grace_s: float
+
+
+class StageRun:
+    """Runs the units of one command, through its executor.
+
+    Args:
+        stage: the stage.
+        urls: the zarr_url of each of its units, by index.
+        conditions: of the run.
+
+    Attributes:
+        outcome: what its units have come to.
+        left_running: whether units were given up that could not be ended.
+
+    Raises:
+        TaskExecutionError: if its command cannot be executed.
+        JobExecutionError: if its files cannot be made.
+    """
+
+    def __init__(self, stage: Stage, urls: Sequence[str | None], conditions: Conditions) -> None:
+        self.outcome = Outcome(stage, urls)
+        self.left_running = False
+        self._stage = stage
+        self._urls = urls
+        self._run = conditions
+        self._journal = conditions.journal
+        self._emit = conditions.emit
+        self._executor_name = stage.resources.executor
+        if self._executor_name is not None:
+            check_program(stage, conditions.executors)
+        first = self._submitter(0, ())
+        if first.reduced:
+            reasons = "; ".join(first.reduced)
+            conditions.logger.warning("%s: %s: its units get what there is", title(stage.task), reasons)
+        self._submitters: dict[tuple[int, tuple[str, ...]], Submitter] = {(0, ()): first}
+        self._place = Place(
+            stage=stage,
+            count=len(urls),
+            run_id=conditions.run_id,
+            local=conditions.local,
+            remote=conditions.remote,
+            env=(*first.environment.items(), *conditions.env),
+            coordinator=(host_name(), os.getpid()),
+            epoch=conditions.epoch,
+            grace_s=conditions.grace_s,
+        )
+        self._explain = Explain(self._place)
+        self._dispatch: Dispatch | None = None
+        self._judged: list[Judged] = []  # recorded with the next flush, and used then
+        self._news: list[Event] = []  # told with the next flush
+        self._seen_running: set[tuple[int, int]] = set()  # index, attempt
+        self._looked_at: tuple[float, tuple[RunningUnit, ...]] = time.time(), ()
+        self._problem: HistoryError | None = None
+        make_folders(self._place)
+
+    def wake(self) -> None:
+        """Look at once whether the run was cancelled. The one method for other threads."""
+        if (dispatch := self._dispatch) is not None:
+            dispatch.wake()
+
+    def run(self, units: Iterator[Unit], recovery: Recovery | None = None) -> Outcome:
+        """Run the units, or what an earlier coordinator has left of them, to their end.
+
+        Raises:
+            JobExecutionError: if the history cannot be written any more, or a resume would have to guess.
+        """
+        executors, name = self._run.executors, self._executor_name
+        adopted: list[Adopted] = []
+        if recovery is not None:
+            rest, adopted, ended = recovery.recover(
+                units,
+                place=self._place,
+                outcome=self.outcome,
+                journal=self._journal,
+                judge=self._judge,
+                attach=lambda key: executors.attach(key, name),
+                discard=lambda future: executors.discard(future, name),
+            )
+            units = iter(rest)
+            for judged in ended:
+                self._tell_end(judged)
+        dispatch = Dispatch(
+            self._submit,
+            units,
+            self._run.window or self._default_window(),
+            takes_back=executors.takes_back(name),
+        )
+        for one in adopted:
+            dispatch.adopt(one.unit, one.future)
+        self._dispatch = dispatch
+        try:
+            self._drive(dispatch)
+        finally:
+            self._dispatch = None
+        if self._problem is not None:
+            raise JobExecutionError(f"The run cannot go on: {self._problem}") from self._problem
+        return self.outcome
+
+    def _submit(self, unit: Unit) -> Future[UnitResult]:
+        spec = self._place.spec(unit)
+        self._journal.submitted(self._place, unit)
+        if self._emit is not None:
+            order, stage = order_of(self._stage.task), self._stage.name
+            self._news.append(UnitSubmitted(order, stage, unit.index, unit.zarr_url, unit.attempt))
+        submit = self._submitter_for(unit).submit
+        return submit(self._place.call_name(unit), spec.key, run_unit, spec)
+
+    def _submitter_for(self, unit: Unit) -> Submitter:
+        wanted = unit.retry, unit.avoid
+        if wanted not in self._submitters:
+            self._submitters[wanted] = self._submitter(*wanted)
+        return self._submitters[wanted]
+
+    def _submitter(self, retry: int, avoid: tuple[str, ...]) -> Submitter:
+        """How to submit an attempt: what it asks for may grow from one to the next."""
+        wanted = self._stage.resources
+        return self._run.executors.submitter(
+            self._executor_name,
+            cpus=wanted.cpus,
+            memory=wanted.memory(retry),
+            gpus=wanted.gpus,
+            time=wanted.time_s(retry),
+            avoid=avoid,
+        )
+
+    def _default_window(self) -> int:
+        """How many units may be in flight: few, where those that have not started cannot be taken back."""
+        executors, name = self._run.executors, self._executor_name
+        workers = executors.worker_count(name)
+        if not executors.is_asynchronous(name):
+            return 1
+        if workers is None or not executors.is_local(name):
+            return DEFAULT_WINDOW
+        if not executors.takes_back(name):
+            return 2 * workers + 2
+        return max(LOCAL_WINDOW, 8 * workers)
+
+    def _drive(self, dispatch: Dispatch) -> None:
+        """Take in the units' ends until all have ended, or have been given up."""
+        run = self._run
+        # A Python function in one of our own threads cannot be ended; all else can, given some time.
+        in_thread = self._stage.function is not None and run.executors.shares_process(self._executor_name)
+        patience = run.grace_s + (0.0 if in_thread else END_MARGIN_S)
+        give_up_at = float("inf")
+        next_look = 0.0
+        draining = False
+        for batch in dispatch.batches(self._journal.due_in):
+            with collector_paused():  # once for all of them: what they bring is there to stay
+                for ended in batch:
+                    self._take_in(ended, dispatch)
+            if self._journal.due_in() <= 0:
+                self._flush()
+            if run.drain.is_set() and not self.outcome.stopped and not draining:
+                draining = True
+                self._take_back(dispatch)
+            if run.is_inline and run.is_cancelled_outside():
+                run.cancelled.set()  # nobody else could say so meanwhile
+            now = time.monotonic()
+            if now < next_look and not run.cancelled.is_set() and self._problem is None:
+                continue
+            next_look = now + _LOOK_S
+            running = dispatch.running()
+            self._note_running(running)
+            self._show(len(running))
+            if not self.outcome.stopped and self._must_stop():
+                self.outcome.stopped = True
+                self._ask_to_stop()
+                self._take_back(dispatch)
+                give_up_at = now + patience
+            if now >= give_up_at:
+                for unit in dispatch.abandon():
+                    self.left_running = True
+                    run.logger.warning("%s: unit %d is left running", title(self._stage.task), unit.index)
+        self._flush()
+        self._show(0)
+
+    def _must_stop(self) -> bool:
+        return self._run.cancelled.is_set() or self._run.stop.asked() or self._problem is not None
+
+    def _take_in(self, ended: Ended, dispatch: Dispatch) -> None:
+        """Judge and note one unit's end. Whatever a run learns of its units comes through here."""
+        judged = self._judge(ended)
+        unit, failure = judged.unit, judged.failure
+        if failure is None:
+            assert judged.result is not None
+            self._journal.done(self._place, unit, judged.result)
+            self._judged.append(judged)
+            return
+        again = self._next_attempt(judged)
+        self._journal.failed(self._place, unit, failure, judged.result)
+        if again is None:
+            self._judged.append(judged)
+            if self._run.stop_at_failure:
+                self._take_back(dispatch)
+            return
+        dispatch.again(again)
+        self._run.logger.warning("%s (attempt %d; trying again)", _first_line(str(failure)), unit.attempt)
+        if self._emit is not None:
+            order, stage = order_of(self._stage.task), self._stage.name
+            self._news.append(
+                UnitRetried(order, stage, unit.index, unit.zarr_url, unit.attempt, str(failure))
+            )
+
+    def _judge(self, ended: Ended) -> Judged:
+        failure = self._explain.failed(ended)
+        output: Validated = None
+        if failure is None and ended.result is not None:
+            try:
+                output = self.outcome.validated(ended.result.output)
+            except ValueError as error:
+                failure = self._explain.invalid_output(ended.unit, str(error))
+        return Judged(ended.unit, ended.result, output, failure)
+
+    def _next_attempt(self, judged: Judged) -> Unit | None:
+        """The unit as it is to be tried again; None if it has failed for good."""
+        wanted, unit = self._stage.resources, judged.unit
+        from_outside = isinstance(judged.failure, JobExecutionError)
+        if unit.retry >= wanted.retries or not (from_outside or wanted.retry_any):
+            return None
+        if self.outcome.stopped or self._run.drain.is_set() or self._must_stop():
+            return None
+        avoid = unit.avoid
+        if wanted.retry_elsewhere and judged.result is not None and judged.result.host:
+            avoid = tuple(sorted({*avoid, judged.result.host}))
+        return replace(unit, attempt=unit.attempt + 1, retry=unit.retry + 1, avoid=avoid)
+
+    def _take_back(self, dispatch: Dispatch) -> None:
+        for unit in dispatch.submit_no_more():
+            self._journal.given_up(self._place, unit, NEVER_STARTED, "The run ended before it started.")
+
+    def _flush(self) -> None:
+        """Record what has been noted; only then it counts."""
+        if self._problem is not None:
+            return
+        try:
+            self._journal.flush()
+        except HistoryError as error:
+            self._problem = error
+            self._run.logger.error("%s", error)
+            return
+        with collector_paused():
+            for judged in self._judged:
+                if judged.failure is None:
+                    self.outcome.succeed(judged.unit, judged.output)
+                else:
+                    self.outcome.fail(judged.unit, judged.failure)
+        if self._emit is not None:
+            for event in self._news:
+                self._emit(event)
+            for judged in self._judged:
+                self._tell_end(judged)
+        self._news.clear()
+        self._judged.clear()
+
+    def _tell_end(self, judged: Judged) -> None:
+        if self._emit is None:
+            return
+        unit, result = judged.unit, judged.result
+        seconds = None
+        if result is not None and result.started and result.ended:
+            seconds = result.ended - result.started
+        message = "" if judged.failure is None else str(judged.failure)
+        self._emit(
+            UnitFinished(
+                order_of(self._stage.task),
+                self._stage.name,
+                *(unit.index, unit.zarr_url, not message, message, seconds, unit.attempt),
+            )
+        )
+
+    def _show(self, running: int) -> None:
+        if self._emit is None:
+            return
+        limit = self._run.executors.worker_count(self._executor_name)
+        self._emit(
+            TaskProgress(
+                order=order_of(self._stage.task),
+                task_name=self._stage.task.task.name,
+                stage=self._stage.name,
+                units=self.outcome.count,
+                done=self.outcome.done,
+                failed=len(self.outcome.failures),
+                running=running if limit is None else min(running, limit),
+                units_running=self._looked_at[1] if running else (),
+            )
+        )
+
+    def _note_running(self, running: Sequence[Unit]) -> None:
+        """Look, about once a second, at what runs: for the history, and for people."""
+        now = time.time()
+        if not running or now - self._looked_at[0] < _LOOK_CLOSER_S:
+            return
+        keys = self._place.keys
+        infos = [
+            info
+            for info in self._run.executors.tasks(self._executor_name)
+            if info.started is not None and (info.key or "").startswith(keys)
+        ]
+        for info in infos:
+            _, index, attempt = unit_of_key(info.key or "")
+            known = {"started": info.started, "host": info.host, "pid": info.pid, "job_id": info.job_id}
+            self._runs(index, attempt, known)
+        if not infos:  # an executor that tells no more than a future does
+            for unit in running:
+                self._runs(unit.index, unit.attempt, {"started": now})
+        infos.sort(key=lambda info: info.started or now)
+        shown = tuple(
+            RunningUnit(info.name, now - (info.started or now), info.host, info.pid, info.cpu, info.rss)
+            for info in infos[:_SHOWN]
+        )
+        self._looked_at = now, shown
+
+    def _runs(self, index: int, attempt: int, known: Mapping[str, Any]) -> None:
+        if (index, attempt) in self._seen_running:
+            return
+        self._seen_running.add((index, attempt))
+        url = self._urls[index]
+        self._journal.running(self._place, Unit(index, url, {}, "", attempt), **known)
+        if self._emit is not None:
+            where = known.get("host"), known.get("pid")
+            order, stage = order_of(self._stage.task), self._stage.name
+            self._news.append(UnitRunning(order, stage, index, url, attempt, *where))
+
+    def _ask_to_stop(self) -> None:
+        if isinstance(self._problem, OwnershipLostError):
+            return  # the file would stop the new owner's units; ours have met its fence
+        try:
+            ask_to_stop(self._run.run_id, str(self._run.local))
+        except OSError as error:
+            self._run.logger.error(
+                "units in other processes cannot be told to stop: %s cannot be written: %s",
+                *(error.filename, error.strerror),
+            )
+
+
+def check_program(stage: Stage, executors: Executors) -> None:
+    """Whether the stage's command can be executed, where that can be told from here.
+
+    Raises:
+        TaskExecutionError: if it cannot.
+    """
+    if not executors.is_local(stage.resources.executor):
+        return
+    if (problem := plan.missing_program(stage)) is not None:
+        raise TaskExecutionError(problem)
+
+
+def make_folders(place: Place) -> None:
+    """Make the folders of a stage's files.
+
+    Raises:
+        JobExecutionError: if one cannot be made.
+    """
+    try:
+        for folder in place.folders():
+            folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise JobExecutionError(
+            f"The run cannot go on: the folder {error.filename} cannot be made: {error.strerror}."
+        ) from error
+
+
+def _first_line(text: str) -> str:
+    return text.split("\n", 1)[0]

@@ -1,0 +1,38 @@
+"""A unit to run, with all that it needs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import pytest
+
+from fractal_runner.worker.function import FunctionRef
+from fractal_runner.worker.spec import UnitSpec
+
+Make = Callable[..., UnitSpec]
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> Make:
+    (tmp_path / "evidence").mkdir()
+    (tmp_path / "0_t").mkdir()
+
+    def make(script: str = "", function: Any = None, **more: Any) -> UnitSpec:
+        values: dict[str, Any] = {
+            "key": "run/0/par-000000-0000000",
+            "command": None if function else ("sh", "-c", script, "sh"),
+            "function": FunctionRef(function, cloudpickle.dumps) if function else None,
+            "args": {"zarr_url": "/z/1"},
+            "run_id": str(tmp_path),
+            "run_dir": str(tmp_path),
+            "folder": str(tmp_path / "0_t"),
+            "prefix": "par-000000-0000000",
+            "coordinator": (os.uname().nodename, os.getpid()),
+        }
+        return UnitSpec(**{**values, **more})
+
+    return make
