@@ -152,10 +152,8 @@ def expect_run(reader: HistoryReader, directory: Path, run_id: str | None, name:
             )
         return run_id
     # Its coordinator died before it could write which run this is.
-    if name == str((directory / FILE_NAME).absolute()):
-        found = reader.runs()
-    else:
-        found = reader.runs_in(os.path.abspath(directory))  # noqa: PTH100 - links are kept
+    absolute = Path(os.path.abspath(directory))  # noqa: PTH100 - links are kept
+    found = reader.runs() if name == str(absolute / FILE_NAME) else reader.runs_in(absolute)
     if not found:
         raise HistoryError(f"{directory} holds no run: there is no {RUN_FILE} in it, and none in {name}.")
     run_id = found[0].id

@@ -67,7 +67,7 @@ def _head(status: Status) -> Iterator[Text]:
     yield title.append(condition.state, style=STYLES.get(condition.state, ""))
     yield _fact("directory", first_line(str(status.directory)))
     spent = format_time(condition.seconds)
-    verb = "for" if condition.is_running else "ended after" if run.ended else "interrupted after"
+    verb = "for" if condition.is_running else "ended after" if run.ended else "last heard of after"
     resumed = f", resumed {times(run.resumed)}" if run.resumed else ""
     yield _fact("started", f"{moment(run.started)}, {verb} {spent}{resumed}")
     if (who := condition.coordinator) is not None:

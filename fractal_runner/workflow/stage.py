@@ -195,6 +195,8 @@ class StageRun:
         if self._emit is not None:
             order, stage = order_of(self._stage.task), self._stage.name
             self._news.append(UnitSubmitted(order, stage, unit.index, unit.zarr_url, unit.attempt))
+        if self._run.is_inline:
+            self._flush()  # it is going to run now, in this thread
         submit = self._submitter_for(unit).submit
         return submit(self._place.call_name(unit), spec.key, run_unit, spec)
 
@@ -241,7 +243,7 @@ class StageRun:
             with collector_paused():  # once for all of them: what they bring is there to stay
                 for ended in batch:
                     self._take_in(ended, dispatch)
-            if self._journal.due_in() <= 0:
+            if self._journal.due_in() <= 0 or run.is_inline:
                 self._flush()
             if run.drain.is_set() and not self.outcome.stopped and not draining:
                 draining = True

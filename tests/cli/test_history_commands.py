@@ -89,7 +89,7 @@ class Book:
         )
 
     def end_task(self, position: int, state: State = State.DONE) -> None:
-        self.writer.end_task(position, state, statuses={}, keys=("key", f"task {position}"))
+        self.writer.end_task(position, state, images={}, keys=("key", f"task {position}"))
 
     def submit(self, position: int, number: int, attempt: int = 1, *, log: str | None = None) -> UnitKey:
         key = UnitKey(position, "par", number, attempt)
@@ -195,6 +195,8 @@ class Watched:
             [PROGRAM, *map(str, words)], stdout=theirs, stderr=subprocess.PIPE, env=environment
         )
         os.close(theirs)
+        assert self.process.stderr is not None
+        self._stderr = self.process.stderr
         self.printed = b""
         self._parts: queue.Queue[bytes] = queue.Queue()
         self._reader = threading.Thread(target=self._read, args=(ours,), daemon=True)
@@ -216,7 +218,7 @@ class Watched:
         while text.encode() not in self.printed:
             assert time.monotonic() < deadline, f"{text!r} was not printed, but {self.printed!r}"
             part = self._parts.get(timeout=DEADLINE_S)
-            assert part, f"it ended without {text!r}, after {self.printed!r}: {self.process.stderr.read()!r}"
+            assert part, f"it ended without {text!r}, after {self.printed!r}: {self._stderr.read()!r}"
             self.printed += part
 
     def rest(self) -> str:
@@ -224,8 +226,28 @@ class Watched:
         while part := self._parts.get(timeout=DEADLINE_S):
             self.printed += part
         self.process.wait(timeout=DEADLINE_S)
-        self.errors = self.process.stderr.read().decode()
+        self.errors = self._stderr.read().decode()
         return self.printed.decode()
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._stderr.close()
+        self._reader.join()
+
+
+@pytest.fixture
+def watch() -> Iterator[Callable[..., Watched]]:
+    """Starts a command that goes on."""
+    started: list[Watched] = []
+
+    def start(*words: str | Path, on_terminal: bool = False) -> Watched:
+        started.append(Watched(*words, on_terminal=on_terminal))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.close()
 
 
 def dead_pid() -> int:
@@ -357,12 +379,12 @@ def test_status_counts_only_the_last_attempt_at_a_unit(book: Any, invoke: Invoke
     assert found["failures"] == []
 
 
-def test_status_watches_a_run_until_it_has_ended(book: Any) -> None:
+def test_status_watches_a_run_until_it_has_ended(book: Any, watch: Any) -> None:
     run = book()
     run.begin_task(0, 1)
     key = run.start(run.submit(0, 0))
 
-    watched = Watched("status", run.directory, "--watch", on_terminal=True)
+    watched = watch("status", run.directory, "--watch", on_terminal=True)
     watched.until("Running now")
     run.end(key)
     run.end_task(0)
@@ -373,9 +395,9 @@ def test_status_watches_a_run_until_it_has_ended(book: Any) -> None:
     assert "done" in row(watched.printed.decode().rpartition("nuclei")[2], " over plate")
 
 
-def test_ctrl_c_leaves_a_watched_status_quietly(book: Any) -> None:
+def test_ctrl_c_leaves_a_watched_status_quietly(book: Any, watch: Any) -> None:
     run = book()
-    watched = Watched("status", run.directory, "--watch", on_terminal=True)
+    watched = watch("status", run.directory, "--watch", on_terminal=True)
     watched.until("over plate")
 
     watched.process.send_signal(signal.SIGINT)
@@ -517,32 +539,32 @@ def test_no_path_of_a_log_leads_out_of_the_run(book: Any, invoke: Invoke, tmp_pa
     assert text.count("it is not a file") == 1
 
 
-def test_a_terminal_gets_no_control_characters_of_a_log(book: Any) -> None:
+def test_a_terminal_gets_no_control_characters_of_a_log(book: Any, watch: Any) -> None:
     run = book()
     run.begin_task(0, 1)
     run.unit(0, 0, text=b"\x1b[2J10 %\r20 %\r\n\xff \x9b\xc2\x9b\tend\x07")
     run.writer.flush()
 
-    watched = Watched("logs", run.directory, on_terminal=True)
+    watched = watch("logs", run.directory, on_terminal=True)
 
     assert watched.rest().replace("\r\n", "\n") == "␛[2J10 %\n20 %\n\ufffd \ufffd\ufffd\tend␇\n"
 
 
-def test_elsewhere_a_log_is_printed_as_it_is(book: Any) -> None:
+def test_elsewhere_a_log_is_printed_as_it_is(book: Any, watch: Any) -> None:
     run = book()
     run.begin_task(0, 1)
     run.unit(0, 0, text=b"\x1b[2J10 %\r20 %\r\n\xff")
     run.writer.flush()
 
-    assert Watched("logs", run.directory).rest() == "\x1b[2J10 %\r20 %\r\n\ufffd"
+    assert watch("logs", run.directory).rest() == "\x1b[2J10 %\r20 %\r\n\ufffd"
 
 
-def test_logs_follow_what_runs_and_what_starts_until_the_run_has_ended(book: Any) -> None:
+def test_logs_follow_what_runs_and_what_starts_until_the_run_has_ended(book: Any, watch: Any) -> None:
     run = book()
     run.begin_task(0, 2)
     first = run.start(run.submit(0, 0), "begins\n")
 
-    watched = Watched("logs", run.directory, "--follow")
+    watched = watch("logs", run.directory, "--follow")
     watched.until("begins\n")
     run.print(first, "goes on\n")
     watched.until("goes on\n")
@@ -567,12 +589,14 @@ def test_logs_follow_what_runs_and_what_starts_until_the_run_has_ended(book: Any
 
 
 @pytest.mark.parametrize("words", [["--task", "0"], ["--unit", "0"]])
-def test_following_ends_with_the_task_or_the_unit_that_was_asked_for(book: Any, words: list[str]) -> None:
+def test_following_ends_with_the_task_or_the_unit_that_was_asked_for(
+    book: Any, watch: Any, words: list[str]
+) -> None:
     run = book()
     run.begin_task(0, 2)
     key = run.start(run.submit(0, 0), "begins\n")
 
-    watched = Watched("logs", run.directory, "--follow", *words)
+    watched = watch("logs", run.directory, "--follow", *words)
     watched.until("begins\n")
     run.print(key, "ends\n")
     run.end(key)
@@ -585,14 +609,14 @@ def test_following_ends_with_the_task_or_the_unit_that_was_asked_for(book: Any, 
     assert watched.process.returncode == 0
 
 
-def test_following_failures_shows_them_as_they_come(book: Any) -> None:
+def test_following_failures_shows_them_as_they_come(book: Any, watch: Any) -> None:
     run = book()
     run.begin_task(0, 3)
     run.unit(0, 0, text="fine\n")
     run.unit(0, 1, State.FAILED, text="broken\n")
     run.writer.flush()
 
-    watched = Watched("logs", run.directory, "--follow", "--failed")
+    watched = watch("logs", run.directory, "--follow", "--failed")
     watched.until("broken\n")
     run.unit(0, 2, State.FAILED, text="broken, too\n")
     run.writer.flush()
@@ -603,11 +627,11 @@ def test_following_failures_shows_them_as_they_come(book: Any) -> None:
     assert "fine" not in watched.rest()
 
 
-def test_ctrl_c_leaves_followed_logs_quietly(book: Any) -> None:
+def test_ctrl_c_leaves_followed_logs_quietly(book: Any, watch: Any) -> None:
     run = book()
     run.begin_task(0, 1)
     run.start(run.submit(0, 0), "begins\n")
-    watched = Watched("logs", run.directory, "--follow")
+    watched = watch("logs", run.directory, "--follow")
     watched.until("begins\n")
 
     watched.process.send_signal(signal.SIGINT)

@@ -9,6 +9,7 @@ end, so that overlaps and repetitions show.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import random
@@ -181,7 +182,7 @@ class KilledRun:
         executions = self.executions()
         assert len(executions) == 2 + 3 * self._units
         for unit, spans in executions.items():
-            for (_, end), (start, _) in zip(spans, spans[1:], strict=False):
+            for (_, end), (start, _) in itertools.pairwise(spans):
                 assert end <= start, f"two executions of {unit} overlap: {spans}"
         twice = sum(len(spans) - 1 for spans in executions.values())
         assert twice <= WORKERS * self.kills, f"{twice} repetitions after {self.kills} kill(s)"
