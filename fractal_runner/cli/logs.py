@@ -52,9 +52,7 @@ def print_logs(found: LocatedRun, choice: Choice, printer: Printer) -> str:
     units = chain.from_iterable(_units(found, position, choice) for position in positions)
     first = list(islice(units, 2))
     if not first and choice.number is not None:
-        raise typer.BadParameter(
-            f"task {positions[0]} has no unit {choice.number} that was submitted", param_hint="--unit"
-        )
+        raise _no_unit(positions[0], choice)
     root = _root(found)
     for unit in chain(first, units):
         log = LogReader(root, unit, printer.decoder())
@@ -75,7 +73,7 @@ def follow_logs(
     """Print the logs of units, and what is added to them, until their task or the run has ended, or Ctrl-C.
 
     Raises:
-        typer.BadParameter: if there is no such task.
+        typer.BadParameter: if there is no such task, or was no such unit at its end.
         HistoryError: if the history cannot be read.
     """
     follower = _Follower(found, choice, printer)
@@ -89,24 +87,35 @@ def follow_logs(
             while not is_over and time.monotonic() < until:
                 follower.look()
                 pause(LOOK_S)
+        if choice.number is not None and follower.first is not None and not follower.has_met_any:
+            raise _no_unit(follower.first, choice)
     printer.end()
 
 
 class _Follower:
-    """Which logs are being followed, and what of them was printed."""
+    """Which logs are being followed, and what of them was printed.
+
+    Attributes:
+        first: the first task that is followed; None before any has begun.
+    """
 
     def __init__(self, found: LocatedRun, choice: Choice, printer: Printer) -> None:
+        self.first: int | None = None
         self._found = found
         self._choice = choice
         self._printer = printer
         self._root = _root(found)
         self._names: dict[int, str] = {}
-        self._first: int | None = None  # the first task that is followed
         self._closed: set[int] = set()  # tasks that had ended when they were last looked at
         self._met: set[tuple[Any, ...]] = set()
         self._open: dict[tuple[Any, ...], LogReader] = {}  # of units that run
         self._shown: LogReader | None = None  # whose text was printed last
         self._ended_looks = 0
+
+    @property
+    def has_met_any(self) -> bool:
+        """Whether there was a unit to follow."""
+        return bool(self._met)
 
     def ask(self) -> bool:
         """Look at the history: which units have started, which have ended; whether that was all."""
@@ -115,9 +124,9 @@ class _Follower:
         condition = found.condition()
         tasks = {task.position: task for task in found.reader.tasks(found.run_id)}
         self._names = {position: task.name for position, task in tasks.items()}
-        if self._first is None:
+        if self.first is None:
             wanted = _positions(condition, self._names, choice, wait=condition.is_running)
-            self._first = wanted[0] if wanted else None
+            self.first = wanted[0] if wanted else None
         running = set()
         for position, task in tasks.items():
             if position in self._closed or not self._follows(position):
@@ -132,7 +141,7 @@ class _Follower:
             self.look()
             return True
         if choice.position is not None or choice.number is not None:
-            return self._first in self._closed or self._unit_has_ended(tasks.get(self._first))
+            return self.first in self._closed or self._unit_has_ended(tasks.get(self.first))
         return False
 
     def look(self) -> None:
@@ -142,11 +151,11 @@ class _Follower:
         self._printer.flush()
 
     def _follows(self, position: int) -> bool:
-        if self._first is None:
+        if self.first is None:
             return False
         if self._choice.position is not None or self._choice.number is not None:
-            return position == self._first
-        return position >= self._first
+            return position == self.first
+        return position >= self.first
 
     def _ask_units(self, position: int) -> set[tuple[Any, ...]]:
         """Meet the units that have started since; the keys of those that run."""
@@ -209,7 +218,7 @@ def _positions(
     run, position = condition.run, choice.position
     if position is None:
         return sorted(begun) if choice.failed else sorted(begun)[-1:]
-    if not run.first_task <= position <= run.last_task:
+    if position not in begun and not run.first_task <= position <= run.last_task:
         raise typer.BadParameter(
             f"the run is of tasks {run.first_task} to {run.last_task}, and has no task {position}",
             param_hint="--task",
@@ -217,6 +226,10 @@ def _positions(
     if position not in begun and not wait:
         raise typer.BadParameter(f"task {position} has not begun", param_hint="--task")
     return [position]
+
+
+def _no_unit(position: int, choice: Choice) -> typer.BadParameter:
+    return typer.BadParameter(f"task {position} has no unit {choice.number}", param_hint="--unit")
 
 
 def _units(found: LocatedRun, position: int, choice: Choice, *, started: bool = False) -> Iterator[Row[Any]]:

@@ -60,7 +60,7 @@ class Status:
     Attributes:
         directory: as it was given.
         condition: of the run.
-        tasks: all of its range, in order.
+        tasks: all of its range, in order, and those that have begun behind it.
         failures: the first failed units.
         running: the first units that run.
     """
@@ -88,15 +88,18 @@ def status_of(found: LocatedRun) -> Status:
     """
     reader, run_id = found.reader, found.run_id
     condition = found.condition()
+    run = condition.run
     begun = {row.position: row for row in reader.tasks(run_id)}
-    counts: dict[int, dict[State, int]] = {}
+    # A resume may have another last task: what has begun behind it is shown all the same.
+    positions = sorted({*range(run.first_task, run.last_task + 1), *begun})
+    counts: dict[int, dict[State, int]] = {position: {} for position in positions}
     for (position, _), states in reader.counts(run_id).items():
-        of_task = counts.setdefault(position, {})
+        of_task = counts.get(position, {})
         for state, count in states.items():
             of_task[state] = of_task.get(state, 0) + count
 
     def first(state: State, limit: int) -> list[Row[Any]]:
-        holding = [position for position in sorted(counts) if counts[position].get(state)]
+        holding = [position for position in positions if counts[position].get(state)]
 
         def units() -> Iterator[Row[Any]]:
             for position in holding:
@@ -104,23 +107,21 @@ def status_of(found: LocatedRun) -> Status:
 
         return list(islice(units(), limit))
 
-    run = condition.run
     names = [item["task"]["name"] for item in json.loads(run.workflow)["task_list"]]
-    tasks = []
-    for position in range(run.first_task, run.last_task + 1):
-        name = names[position]
-        if position in begun:
-            tasks.append(_begun(begun[position], name, condition, counts.get(position, {})))
-        else:
-            tasks.append(TaskStatus(position, name, WAITING, None, {}))
+    tasks = [
+        _begun(begun[position], condition, counts[position])
+        if position in begun
+        else TaskStatus(position, names[position], WAITING, None, counts[position])
+        for position in positions
+    ]
     failures, running = first(State.FAILED, FAILURES_SHOWN), first(State.RUNNING, RUNNING_SHOWN)
     return Status(found.directory, condition, tasks, failures, running)
 
 
-def _begun(row: Row[Any], name: str, condition: Condition, counts: Mapping[State, int]) -> TaskStatus:
+def _begun(row: Row[Any], condition: Condition, counts: Mapping[State, int]) -> TaskStatus:
     was_left = row.state == State.RUNNING and not condition.is_running
     state = INTERRUPTED if was_left else row.state
-    return TaskStatus(row.position, name, state, row.units, counts, row.started, row.ended, row.error)
+    return TaskStatus(row.position, row.name, state, row.units, counts, row.started, row.ended, row.error)
 
 
 def as_json(status: Status) -> dict[str, Any]:

@@ -202,29 +202,36 @@ class RunWriter:
         columns = {"state": state, "ended": self._clock(), "error": error}
         self._write(lambda connection: self._update_run(connection, columns))
 
-    def submitted(self, key: UnitKey, *, submitted: float | None = None, **columns: Any) -> None:
-        """A unit has been given to its executor: zarr_url, digest, log; and when, if that was before."""
-        row = {**_NEW, **columns}
+    def submitted(
+        self, key: UnitKey, *, zarr_url: str | None, digest: str, log: str, when: float | None = None
+    ) -> None:
+        """A unit has been given to its executor: now, or when an earlier coordinator did that."""
+        row = _NEW.copy()
         row["run_id"] = self.run_id
         row["position"], row["stage"], row["number"], row["attempt"] = key
         row["is_last"] = True
         row["state"] = State.SUBMITTED.value
-        row["submitted"] = self._clock() if submitted is None else submitted
+        row["zarr_url"] = zarr_url
+        row["digest"] = digest
+        row["log"] = log
+        row["submitted"] = self._clock() if when is None else when
         self._open[key] = self._changed[key] = row
         if key.attempt > 1:
             self._superseded.append(key)
         self._gather()
 
-    def running(self, key: UnitKey, **columns: Any) -> None:
+    def running(self, key: UnitKey, columns: Mapping[str, Any]) -> None:
         """A unit that was submitted has started: started, host, pid, job_id."""
         row = self._changed[key] = self._open[key]
-        row.update(columns, state=State.RUNNING.value)
+        row.update(columns)
+        row["state"] = State.RUNNING.value
         self._gather()
 
-    def ended(self, key: UnitKey, **columns: Any) -> None:
-        """A unit that was submitted has ended: its state, and all that is known of it."""
+    def ended(self, key: UnitKey, state: State, columns: Mapping[str, Any]) -> None:
+        """A unit that was submitted has ended: how, and all that is known of it."""
         row = self._changed[key] = self._open.pop(key)
         row.update(columns)
+        row["state"] = state.value
         self._gather()
 
     def due_in(self) -> float:

@@ -51,15 +51,15 @@ class Journal:
         """An attempt at a unit is given to an executor, or was, by an earlier coordinator."""
         self.writer.submitted(
             self._key(place, unit),
-            submitted=when,
             zarr_url=unit.zarr_url,
             digest=unit.digest,
             log=place.log_name(unit),
+            when=when,
         )
 
-    def running(self, place: Place, unit: Unit, **known: Any) -> None:
+    def running(self, place: Place, unit: Unit, known: Mapping[str, Any]) -> None:
         """An attempt at a unit has started: started, host, pid, job_id, as far as they are known."""
-        self.writer.running(self._key(place, unit), **known)
+        self.writer.running(self._key(place, unit), known)
 
     def done(self, place: Place, unit: Unit, result: UnitResult) -> None:
         """An attempt at a unit has succeeded, and its output is valid."""
@@ -74,7 +74,8 @@ class Journal:
 
     def given_up(self, place: Place, unit: Unit, reason: str, message: str) -> None:
         """An attempt at a unit has come to nothing that counts."""
-        self.writer.ended(self._key(place, unit), state=State.CANCELLED.value, reason=reason, message=message)
+        known = {"reason": reason, "message": message}
+        self.writer.ended(self._key(place, unit), State.CANCELLED, known)
 
     def end_task(
         self,
@@ -121,7 +122,9 @@ class Journal:
             known = {"returncode": error.returncode}
         if error is not None:
             known |= {"message": str(error), "reason": reason}
-        self.writer.ended(self._key(place, unit), state=state.value, output=output, **known)
+        if output is not None:
+            known["output"] = output
+        self.writer.ended(self._key(place, unit), state, known)
 
     def _key(self, place: Place, unit: Unit) -> UnitKey:
         return UnitKey(self._position, place.stage.name, unit.index, unit.attempt)

@@ -410,7 +410,7 @@ class StageRun:
             return
         self._seen_running.add((index, attempt))
         url = self._urls[index]
-        self._journal.running(self._place, Unit(index, url, {}, "", attempt), **known)
+        self._journal.running(self._place, Unit(index, url, {}, "", attempt), known)
         if self._emit is not None:
             where = known.get("host"), known.get("pid")
             order, stage = order_of(self._stage.task), self._stage.name

@@ -23,6 +23,7 @@ from sqlalchemy import update
 from typer.testing import CliRunner, Result
 
 from fractal_runner.cli.app import app
+from fractal_runner.cli.cancel import cancel_run
 from fractal_runner.cli.locate import open_run
 from fractal_runner.cli.status import status_of
 from fractal_runner.history.directory import DirectoryLock, RunFile
@@ -100,7 +101,7 @@ class Book:
         return key
 
     def start(self, key: UnitKey, text: str | bytes | None = None) -> UnitKey:
-        self.writer.running(key, started=time.time(), host="node7", pid=4711)
+        self.writer.running(key, {"started": time.time(), "host": "node7", "pid": 4711})
         if text is not None:
             self.print(key, text)
         self.writer.flush()
@@ -114,7 +115,7 @@ class Book:
 
     def end(self, key: UnitKey, state: State = State.DONE, **columns: Any) -> None:
         now = time.time()
-        self.writer.ended(key, state=state.value, started=now, ended=now, **columns)
+        self.writer.ended(key, state, {"started": now, "ended": now, **columns})
 
     def unit(
         self,
@@ -379,6 +380,19 @@ def test_status_counts_only_the_last_attempt_at_a_unit(book: Any, invoke: Invoke
     assert found["failures"] == []
 
 
+def test_a_task_behind_the_last_one_of_a_shorter_resume_is_still_shown(book: Any, invoke: Invoke) -> None:
+    run = book()
+    run.begin_task(1, 1)
+    run.unit(1, 0, State.FAILED, message="it broke")
+    run.end_task(1, State.FAILED)
+    run.writer.change_run(last_task=0)
+
+    text = invoke("status", run.directory).stdout
+
+    assert words_of(row(text, "1 Segment"))[2] == "failed"
+    assert words_of(row(text, "0 Convert"))[2] == "waiting"
+
+
 def test_status_watches_a_run_until_it_has_ended(book: Any, watch: Any) -> None:
     run = book()
     run.begin_task(0, 1)
@@ -502,6 +516,7 @@ def test_a_log_that_is_not_there_is_told_in_the_header(book: Any, invoke: Invoke
         (["--task", "2"], "task 2 has not begun"),
         (["--task", "2", "--follow"], "task 2 has not begun"),
         (["--unit", "5"], "task 0 has no unit 5"),
+        (["--unit", "5", "--follow"], "task 0 has no unit 5"),
         (["--unit", "0", "--failed"], "not both"),
     ],
 )
@@ -866,6 +881,41 @@ def test_cancel_reaches_a_coordinator_on_another_host(book: Any, invoke: Invoke)
 
     assert cancelled.exit_code == 3
     assert (run.directory / "shutdown").exists()
+
+
+def test_cancel_asks_again_if_its_request_was_taken_away_by_a_resume_that_began(book: Any) -> None:
+    run = book()
+    request = run.directory / "shutdown"
+    seen: list[bool] = []
+
+    def meanwhile(_: float) -> None:
+        seen.append(request.exists())
+        if len(seen) == 1:
+            request.unlink()
+        else:
+            run.writer.end_run(State.CANCELLED)
+
+    with open_run(run.directory) as found:
+        code = cancel_run(found, timeout_s=DEADLINE_S, say=print, pause=meanwhile)
+
+    assert code == 0
+    assert seen == [True, True]
+
+
+def test_cancel_leaves_the_next_coordinator_alone(book: Any) -> None:
+    run = book()
+    said: list[str] = []
+
+    def meanwhile(_: float) -> None:
+        (run.directory / "shutdown").unlink()
+        run.owned_by(epoch=2, host="elsewhere", heartbeat=time.time())
+
+    with open_run(run.directory) as found:
+        code = cancel_run(found, timeout_s=DEADLINE_S, say=said.append, pause=meanwhile)
+
+    assert code == 0
+    assert "on elsewhere has taken the run over" in said[-1]
+    assert not (run.directory / "shutdown").exists()
 
 
 @pytest.mark.parametrize("how", ["ended", "interrupted", "silent"])
