@@ -56,6 +56,20 @@ TaskEnv = Annotated[
 ]
 _WIDE = 1000
 
+
+def _warn_of_password(url: str | None) -> str | None:
+    """Say so if a password was typed where everybody on this machine can read it."""
+    if url is not None and "@" in url and any(url in word for word in sys.argv):
+        _, _, rest = url.partition("://")
+        if ":" in rest.rpartition("@")[0]:
+            _note(
+                "warning",
+                "a password on the command line is seen by everybody on this machine (ps): put the URL into "
+                "FRACTAL_RUNNER_DB, or the password into ~/.pgpass",
+            )
+    return url
+
+
 RunDirectory = Annotated[Path, typer.Argument(metavar="DIR", help="The run's directory.")]
 HistoryUrl = Annotated[
     str | None,
@@ -63,9 +77,28 @@ HistoryUrl = Annotated[
         "--db",
         metavar="URL",
         envvar="FRACTAL_RUNNER_DB",
+        callback=_warn_of_password,
         help="Where the history is, if not where the directory says (which keeps no password).",
     ),
 ]
+
+
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", metavar="DATASET_OUT.json", help="Write the final dataset here as well."),
+]
+NewHistoryUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--db",
+        metavar="URL",
+        envvar="FRACTAL_RUNNER_DB",
+        callback=_warn_of_password,
+        help="The database of the run's history (postgresql+psycopg://user@host/name); "
+        "a file in the run's directory if not given.",
+    ),
+]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens.")]
 
 
 @app.command()
@@ -85,11 +118,9 @@ def run(
     attribute_filter: AttributeFilter = None,
     zarr_dir: ZarrDir = None,
     task_env: TaskEnv = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", metavar="DATASET_OUT.json", help="Write the final dataset here as well."),
-    ] = None,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens.")] = False,
+    output: Output = None,
+    db: NewHistoryUrl = None,
+    verbose: Verbose = False,
 ) -> None:
     """Run a workflow over a dataset.
 
@@ -101,10 +132,8 @@ def run(
     from fractal_runner.workflow.files import load_dataset, load_workflow
 
     console = Console(stderr=True)
-    if verbose:
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    if output is not None and not output.absolute().parent.is_dir():
-        raise typer.BadParameter(f"{output}: its directory does not exist", param_hint="--output")
+    _log_if(verbose)
+    _expect_directory_of(output)
     options = given.read_executor_options(executor_opt or (), max_workers)
     try:
         registry.check(executor, options)
@@ -129,8 +158,62 @@ def run(
         attribute_filters=given.read_attribute_filters(attribute_filter or ()),
         output=output,
         repeated=repeated,
+        history=db,
     )
     raise typer.Exit(execute(request, console))
+
+
+@app.command()
+def resume(
+    directory: RunDirectory,
+    workflow: Annotated[
+        Path | None,
+        typer.Option(
+            "--workflow",
+            metavar="WORKFLOW.json",
+            help="A workflow whose tasks that are not done have changed.",
+        ),
+    ] = None,
+    executor: Annotated[
+        str | None, typer.Option("--executor", help="Where units run, if not where they did before.")
+    ] = None,
+    executor_opt: ExecutorOpt = None,
+    max_workers: MaxWorkers = None,
+    last: Last = None,
+    task_env: TaskEnv = None,
+    output: Output = None,
+    rerun_unknown: Annotated[
+        bool,
+        typer.Option("--rerun-unknown", help="Run units again even if nobody knows how far they got."),
+    ] = False,
+    db: HistoryUrl = None,
+    verbose: Verbose = False,
+) -> None:
+    """Go on with a run where it stopped, failed, or was killed. What is done is not done again.
+
+    Exit codes: as those of run; 3 also if another process is at work on it.
+    """
+    from rich.console import Console
+
+    from fractal_runner.cli.locate import open_run
+    from fractal_runner.cli.resume import Changes, request_of
+    from fractal_runner.cli.run import execute
+    from fractal_runner.workflow.files import load_workflow
+
+    _log_if(verbose)
+    _expect_directory_of(output)
+    changes = Changes(
+        workflow=None if workflow is None else load_workflow(workflow, task_env=task_env),
+        executor=executor,
+        options=given.read_executor_options(executor_opt or (), max_workers),
+        last=last,
+    )
+    with open_run(directory, db) as found:
+        try:
+            request = request_of(found, changes, history=db, output=output, rerun_unknown=rerun_unknown)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--executor") from None
+    raise typer.Exit(execute(request, Console(stderr=True)))
 
 
 @app.command()
@@ -146,6 +229,7 @@ def check(
     attribute_filter: AttributeFilter = None,
     zarr_dir: ZarrDir = None,
     task_env: TaskEnv = None,
+    db: NewHistoryUrl = None,
 ) -> None:
     """Say what would run, without running it, and every mistake that can be found.
 
@@ -163,6 +247,7 @@ def check(
         attribute_filters=given.read_attribute_filters(attribute_filter or ()),
         executor=executor,
         options=given.read_executor_options(executor_opt or (), max_workers),
+        has_history=db is not None,
     )
     for line in findings.lines:
         typer.echo(line)
@@ -387,6 +472,16 @@ def _leave(code: int) -> NoReturn:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _log_if(verbose: bool) -> None:
+    if verbose:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+
+
+def _expect_directory_of(output: Path | None) -> None:
+    if output is not None and not output.absolute().parent.is_dir():
+        raise typer.BadParameter(f"{output}: its directory does not exist", param_hint="--output")
 
 
 def _output() -> Console:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 from fractal_runner.errors import InputFileError
@@ -52,13 +53,15 @@ def check_run(
     attribute_filters: Mapping[str, Sequence[Any]],
     executor: str,
     options: Mapping[str, Any],
+    has_history: bool = False,
 ) -> Findings:
     """Ask all that `process_workflow` would, of files that may be wrong themselves."""
     findings = Findings()
     flow = findings.attempt(workflow)
     data = findings.attempt(dataset)
     findings.attempt(registry.check, executor, options)
-    filters = findings.attempt(plan.check_filters, type_filters, attribute_filters)
+    check_filters = partial(plan.check_filters, has_history=has_history)
+    filters = findings.attempt(check_filters, type_filters, attribute_filters)
     if flow is None:
         return findings
     positions = findings.attempt(plan.task_range, flow, first, last)

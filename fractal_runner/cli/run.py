@@ -39,7 +39,7 @@ class RunRequest:
     """What the command line asked for, read and checked as far as it goes.
 
     Attributes:
-        workflow_file: where the workflow came from.
+        workflow_file: where the workflow came from; None for a history.
         workflow: the workflow.
         dataset: the dataset.
         directory: the run's directory.
@@ -49,9 +49,13 @@ class RunRequest:
         type_filters, attribute_filters: the filters.
         output: where to write the final dataset as well.
         repeated: words of the command line that a command which goes on from here needs as well.
+        history: where the run is recorded; None for its directory.
+        resume: go on with the run that the directory holds.
+        rerun_unknown: in a resume, run units again even if nobody knows how far they got.
+        job_id, user_id: as they are recorded.
     """
 
-    workflow_file: Path
+    workflow_file: Path | None
     workflow: Workflow
     dataset: Dataset
     directory: Path
@@ -63,6 +67,11 @@ class RunRequest:
     attribute_filters: Mapping[str, Sequence[Any]]
     output: Path | None
     repeated: Sequence[str]
+    history: str | None = None
+    resume: bool = False
+    rerun_unknown: bool = False
+    job_id: str | None = None
+    user_id: str | None = None
 
 
 def execute(request: RunRequest, console: Console) -> int:
@@ -98,6 +107,11 @@ class _Session:
                 job_type_filters=request.type_filters,
                 job_attribute_filters=request.attribute_filters,
                 executor=(request.executor, request.options),
+                history=request.history,
+                resume=request.resume,
+                rerun_unknown=request.rerun_unknown,
+                job_id=request.job_id,
+                user_id=request.user_id,
                 on_event=self._on_event,
                 drain=self._drain,
             )
@@ -174,17 +188,20 @@ class _Session:
         return False
 
     def _say_how_to_go_on(self) -> None:
-        command = self._command_that_goes_on()
-        if command is None:
+        if self._began is None:
             self._say("Nothing has run.")
-        else:
-            self._say("To go on from there, in a new directory, once the cause is mended:")
+            return
+        self._say("To go on from there, once the cause is mended, with all that is done:")
+        self._say(f"  {shlex.join([*_program(), 'resume', str(self._request.directory)])}")
+        command = self._command_that_goes_on()
+        if command is not None:
+            self._say("Or in a new directory, with the whole task again:")
             self._say(f"  {shlex.join(command)}")
 
     def _command_that_goes_on(self) -> list[str] | None:
         """The command that starts with the task that did not end, from what the run wrote before it."""
         request = self._request
-        if self._began is None:
+        if self._began is None or request.workflow_file is None:
             return None
         first = next(
             position for position, task in enumerate(request.workflow.task_list) if task.order == self._began

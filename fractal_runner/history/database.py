@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +22,9 @@ import psutil
 from sqlalchemy import Connection, Engine, Table, bindparam, create_engine, delete, event, insert
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.pool import NullPool
 
 from fractal_runner.errors import HistoryError
 from fractal_runner.history import schema
@@ -34,7 +37,11 @@ _PAUSES_S = (0.1, 0.2, 0.5, 1.0)
 _CONNECT_S = 10
 _BUSY_S = 10.0
 _VALUES = " VALUES "
+_PASSWORD = re.compile(r"(://[^/@:]*:).*(?=@)|(\bpassword=)[^&]*")  # in what need not be a URL
+_SECRETS = ("password", "sslpassword")  # libpq takes its parameters from a URL's query, too
 _ROWS_AT_A_TIME = (256, 32, 4, 1)  # times a unit's columns: within SQLite's 32,766 parameters
+# The pool's own is what waiters get when all connections are busy with a database that has gone away.
+_TROUBLE = (DBAPIError, sqlite3.Error, PoolTimeoutError)
 _logger = logging.getLogger("fractal_runner")
 # Where a write-ahead log does not work for readers on other hosts (sqlite.org/wal.html, "overview").
 _SHARED_FILE_SYSTEMS = frozenset(
@@ -43,7 +50,7 @@ _SHARED_FILE_SYSTEMS = frozenset(
         *("9p", "orangefs", "panfs", "wekafs", "virtiofs", "gfs2", "ocfs2", "acfs", "pvfs2", "quobyte"),
     }
 )
-# What SQLite says (sqlite.org/rescode.html) when waiting does not help, and what that means.
+# What SQLite (sqlite.org/rescode.html) and libpq say when waiting does not help, and what that means.
 _LASTING = (
     ("disk is full", "the disk is full"),
     ("readonly database", "it can be read, but not written"),
@@ -51,6 +58,8 @@ _LASTING = (
     ("malformed", "it is damaged (a copy from a backup may replace it)"),
     ("not a database", "it is no SQLite database, or a damaged one (a copy from a backup may replace it)"),
     ("disk I/O error", "its disk does not work, or is full"),
+    ("no password supplied", "it wants a password: give its whole URL, or set PGPASSWORD or ~/.pgpass"),
+    ("password authentication failed", "it does not take this password"),
 )
 # What drivers say when the database, or the way to it, is away for a while, or another one writes.
 _PASSING = (
@@ -89,7 +98,7 @@ class Database:
         self.url = parse_url(url)
         is_file = self.url.get_backend_name() == "sqlite"
         self.path = Path(self.url.database or "") if is_file else None
-        self.name = str(self.path or self.url.render_as_string(hide_password=True))
+        self.name = str(self.path or without_password(self.url))
         self._patience_s = patience_s
         self._at_commit = at_commit
         self._sleep = sleep
@@ -98,7 +107,10 @@ class Database:
         self._engine = _engine(self.url, writes=create)
         try:
             if create:
-                self.write(lambda connection: schema.prepare(connection, self.name), patience_s=0)
+                # One that is not there now is not waited for. But of two who make a SQLite file at once,
+                # one is told at once that it is locked.
+                patience_s = _BUSY_S if is_file else 0
+                self.write(lambda connection: schema.prepare(connection, self.name), patience_s=patience_s)
             else:
                 with self.reading() as connection:
                     schema.expect_readable(connection, self.name)
@@ -140,7 +152,7 @@ class Database:
                     if tries:
                         _logger.warning("the history %s is back", self.name)
                     return result
-            except (DBAPIError, sqlite3.Error) as error:
+            except _TROUBLE as error:
                 why = _why(error)
                 waited = time.monotonic() >= deadline or give_up()
                 if not _passes(error) or waited:
@@ -161,7 +173,7 @@ class Database:
         try:
             with self._engine.connect() as connection:
                 yield connection
-        except (DBAPIError, sqlite3.Error) as error:
+        except _TROUBLE as error:
             raise HistoryError(f"The history {self.name} cannot be read: {_why(error)}.") from error
 
     def check(self) -> None:
@@ -251,12 +263,18 @@ def parse_url(url: str | os.PathLike[str]) -> URL:
         parsed.get_dialect()
     except (ArgumentError, NoSuchModuleError) as error:
         example = "postgresql+psycopg://user@host/name"
-        raise ValueError(f"{url!r} is not the URL of a database, such as {example}: {error}") from None
+        said = _PASSWORD.sub(r"\1\2***", url)
+        raise ValueError(f"{said!r} is not the URL of a database, such as {example}: {error}") from None
     if parsed.get_backend_name() == "sqlite":
         if not parsed.database or parsed.database == ":memory:":
             raise ValueError(f"{url!r} names no file: a history in memory would be lost with the process")
         return parsed.set(database=os.path.abspath(parsed.database))  # noqa: PTH100
     return parsed
+
+
+def without_password(url: URL) -> str:
+    """A database's URL as it may be shown, and written down."""
+    return url._replace(password=None).difference_update_query(_SECRETS).render_as_string()
 
 
 def is_shared(path: Path) -> bool:
@@ -278,14 +296,20 @@ def _engine(url: URL, *, writes: bool) -> Engine:
         return create_engine(url, pool_pre_ping=True, connect_args=arguments)
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"{url.render_as_string()!r} needs a driver that is not installed: {error}. For PostgreSQL "
+            f"{without_password(url)!r} needs a driver that is not installed: {error}. For PostgreSQL "
             "install fractal-runner[postgresql], and write postgresql+psycopg://…"
         ) from None
 
 
 def _sqlite(url: URL, *, writes: bool) -> Engine:
     path = Path(url.database or "")
-    engine = create_engine(url, connect_args={"check_same_thread": False, "timeout": _BUSY_S})
+    if writes:
+        engine = create_engine(url, connect_args={"check_same_thread": False, "timeout": _BUSY_S})
+    elif os.access(path.parent, os.W_OK):
+        engine = create_engine(url, creator=lambda: _reader(path, "mode=rw"))  # which does not create it
+    else:
+        # A connection a look: what lies still now, a run with more rights may change in a moment.
+        engine = create_engine(url, creator=lambda: _reader_without_rights(path), poolclass=NullPool)
     journal = "DELETE" if is_shared(path) else "WAL"
 
     def on_connect(connection: sqlite3.Connection, _: Any) -> None:
@@ -304,9 +328,24 @@ def _sqlite(url: URL, *, writes: bool) -> Engine:
     return engine
 
 
+def _reader(path: Path, options: str) -> sqlite3.Connection:
+    uri = f"{path.as_uri()}?{options}"
+    return sqlite3.connect(uri, uri=True, check_same_thread=False, timeout=_BUSY_S)
+
+
+def _reader_without_rights(path: Path) -> sqlite3.Connection:
+    """Reads a file in a directory where nothing can be made.
+
+    A write-ahead log can be read there only if its writer has left it (sqlite.org/wal.html, "read-only
+    databases"). Where there is none, nobody is writing, and the file by itself is the whole database.
+    """
+    has_log = path.with_name(f"{path.name}-wal").exists()
+    return _reader(path, "mode=ro" if has_log else "immutable=1")
+
+
 def _passes(error: Exception) -> bool:
     """Whether the same may succeed later: the connection broke, or somebody else writes."""
-    if isinstance(error, DBAPIError) and error.connection_invalidated:
+    if isinstance(error, PoolTimeoutError) or getattr(error, "connection_invalidated", False):
         return True
     said = _words(error).lower()
     return not _meaning(said) and any(word in said for word in _PASSING)
@@ -323,5 +362,5 @@ def _meaning(said: str) -> str | None:
 
 
 def _words(error: Exception) -> str:
-    original = error.orig if isinstance(error, SQLAlchemyError) and isinstance(error, DBAPIError) else error
+    original = error.orig if isinstance(error, DBAPIError) else error
     return str(original or error).strip().split("\n", 1)[0].rstrip(".")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
-from fractal_runner.history.database import PATIENCE_S, Database
+from fractal_runner.history.database import PATIENCE_S, Database, without_password
 from fractal_runner.history.reading import HistoryReader
 from fractal_runner.history.writing import RunWriter
 
@@ -48,7 +48,7 @@ class History:
     @property
     def url(self) -> str:
         """Its SQLAlchemy URL, without a password."""
-        return self._database.url.set(password=None).render_as_string()
+        return without_password(self._database.url)
 
     def check(self) -> None:
         """Whether it is whole, as far as that can be told.

@@ -19,7 +19,7 @@ from sqlalchemy import Connection, Row, Update, bindparam, delete, insert, selec
 from fractal_runner.errors import HistoryError, RunBusyError
 from fractal_runner.history.database import Database, Upsert
 from fractal_runner.history.schema import State, image_statuses, owners, runs, tasks, units
-from fractal_runner.worker.processes import host_name, identify
+from fractal_runner.worker.processes import Identity, host_name, identify
 
 GATHER_S = 0.05
 HEARTBEAT_S = 10.0
@@ -69,6 +69,7 @@ class RunWriter:
         self._clock = clock
         self._epoch = 0
         self._writes = 0
+        self._has_failed = False
         self._open: dict[UnitKey, dict[str, Any]] = {}  # rows of units that have not ended
         self._changed: dict[UnitKey, dict[str, Any]] = {}  # rows to be written
         self._superseded: list[UnitKey] = []
@@ -107,8 +108,13 @@ class RunWriter:
             RunBusyError: if its owner, on another host, still shows signs of life.
         """
 
+        me = identify(os.getpid())
+
         def work(connection: Connection) -> int:
             owner = connection.execute(_owner_of(self.run_id)).one()
+            known = Identity(owner.host, owner.boot_id, owner.pid, owner.start_ticks)
+            if self._epoch and owner.epoch == self._epoch and known == me:
+                return self._epoch  # this very transaction was committed before, and its answer lost
             silent = self._clock() - owner.heartbeat
             state = connection.execute(select(runs.c.state).where(runs.c.id == self.run_id)).scalar_one()
             # On this host the lock has told that the one before is gone.
@@ -277,7 +283,13 @@ class RunWriter:
             work(connection)
             connection.execute(update(owners).where(own).values(writes=number, heartbeat=self._clock()))
 
-        self._database.write(transaction, give_up=self._give_up)
+        # Once it has been waited for in vain, what ends the run need not wait as long again.
+        patience_s = 0.0 if self._has_failed else None
+        try:
+            self._database.write(transaction, patience_s=patience_s, give_up=self._give_up)
+        except HistoryError:
+            self._has_failed = True
+            raise
 
     def _write_units(self, connection: Connection) -> None:
         if self._superseded:

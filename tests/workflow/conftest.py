@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import shlex
+import sqlite3
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fractal_runner import Dataset, Image, Task, Workflow, WorkflowTask, process_workflow
+from tests.workflow.coordinator import Coordinator
 
 _HEAD = """
 import json, os, sys, time
@@ -98,3 +100,46 @@ def until() -> Callable[..., Awaitable[None]]:
             await asyncio.sleep(0.02)
 
     return wait
+
+
+@pytest.fixture
+def notes(tmp_path: Path) -> Path:
+    """Where units leave word of what they do."""
+    place = tmp_path / "notes"
+    place.mkdir()
+    return place
+
+
+@pytest.fixture
+def coordinator(tmp_path: Path, flow: Any, images: Any) -> Iterator[Callable[..., Coordinator]]:
+    """Starts a run, as `run` does, in a process of its own, which the test may kill."""
+    started: list[Coordinator] = []
+
+    def start(*tasks: Any, **more: Any) -> Coordinator:
+        workflow = tasks[0] if isinstance(tasks[0], Workflow) else flow(*tasks)
+        more.setdefault("dataset", images(1))
+        more.setdefault("workflow_dir_local", tmp_path / "run")
+        started.append(Coordinator(tmp_path, workflow=workflow, **more))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.close()
+
+
+@pytest.fixture
+def query(tmp_path: Path) -> Callable[..., list[Any]]:
+    """Asks, or changes, the history of tmp_path/run: rows, or bare values where there is one column.
+
+    "runs", "tasks", "units" and so on stand for the tables' whole names in {braces}.
+    """
+
+    def ask(text: str, *values: Any, path: Path = tmp_path / "run" / "history.sqlite") -> list[Any]:
+        names = ("runs", "owners", "tasks", "units", "image_statuses")
+        statement = text.format(**{name: f"fractal_runner_{name}" for name in names})
+        with sqlite3.connect(path, timeout=30) as database:
+            rows = database.execute(statement, values).fetchall()
+        database.close()
+        return [row[0] if len(row) == 1 else row for row in rows]
+
+    return ask

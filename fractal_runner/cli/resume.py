@@ -1,0 +1,109 @@
+"""`fractal-runner resume`: from what a run's history says to the request that goes on with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from fractal_runner.cli.locate import LocatedRun
+from fractal_runner.cli.run import RunRequest
+from fractal_runner.errors import HistoryError
+from fractal_runner.executors import registry
+from fractal_runner.workflow.identity import unpacked
+from fractal_runner.workflow.models import Dataset, Workflow, describe
+
+_EXECUTOR = TypeAdapter(tuple[str, dict[str, Any]])
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What a resume does otherwise than the run did before.
+
+    Attributes:
+        workflow: another workflow; the recorded one if None.
+        executor: name of another executor; the recorded one if None.
+        options: options of the executor, over those that are recorded, if it is the same.
+        last: position of the last task; the recorded one if None.
+    """
+
+    workflow: Workflow | None
+    executor: str | None
+    options: Mapping[str, Any]
+    last: int | None
+
+
+def request_of(
+    found: LocatedRun,
+    changes: Changes,
+    *,
+    history: str | None,
+    output: Path | None,
+    rerun_unknown: bool,
+) -> RunRequest:
+    """What goes on with a run.
+
+    Args:
+        found: the run.
+        changes: what is to be otherwise.
+        history: the URL that was given for its history, if one was.
+        output: where to write the final dataset as well.
+        rerun_unknown: whether units of which nobody knows how far they got are run again in any case.
+
+    Raises:
+        HistoryError: if what is recorded does not do as input.
+        ValueError: if there is no such executor, or option.
+    """
+    run = found.reader.run(found.run_id)
+    assert run is not None  # it was there when it was found
+    workflow = changes.workflow or _workflow_of(run.workflow, found)
+    name, options = _executor_of(run.executor)
+    if changes.executor is not None and changes.executor != name:
+        name, options = changes.executor, {}
+    options = {**options, **changes.options}
+    registry.check(name, options)
+    last = run.last_task if changes.last is None else changes.last
+    return RunRequest(
+        workflow_file=None,
+        workflow=workflow,
+        dataset=Dataset.model_validate(unpacked(run.dataset)),
+        directory=found.directory,
+        executor=name,
+        options=options,
+        first=run.first_task,
+        last=min(last, len(workflow.task_list) - 1) if changes.last is None else last,
+        type_filters=json.loads(run.type_filters),
+        attribute_filters=json.loads(run.attribute_filters),
+        output=output,
+        repeated=(),
+        history=history,
+        resume=True,
+        rerun_unknown=rerun_unknown,
+        job_id=run.job_id,
+        user_id=run.user_id,
+    )
+
+
+def _workflow_of(text: str, found: LocatedRun) -> Workflow:
+    try:
+        return Workflow.model_validate_json(text)
+    except ValidationError as error:
+        raise HistoryError(
+            f"The workflow of {found.directory} cannot be taken from its history (a Python function that is "
+            f"not its module's has no place to find it by): {'; '.join(describe(error))}. Resume it from "
+            "where it was begun (process_workflow with resume=True), or give --workflow."
+        ) from None
+
+
+def _executor_of(text: str | None) -> tuple[str, dict[str, Any]]:
+    """The executor that the run was begun with; the default one, if it was the caller's own."""
+    if text is None:
+        return registry.DEFAULT, {}
+    try:
+        return _EXECUTOR.validate_json(text)
+    except ValidationError:
+        return registry.DEFAULT, {}
