@@ -1,9 +1,10 @@
 # make demo   run a real workflow on real images      make test   set up and run all checks and tests
 # make docs   build the documentation into site/      make bench  run the benchmarks
+# make chaos  kill runs, a hundred of them, again and again
 # make clean  remove what these have made
 
 .DELETE_ON_ERROR:
-.PHONY: bench clean demo docs lint test
+.PHONY: bench chaos clean demo docs lint test
 
 # The first Python that is new enough; or say which: make demo PYTHON=/opt/python3.12/bin/python3
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
@@ -23,7 +24,13 @@ demo: .venv/.package .venv-tasks/.ready
 	.venv-tasks/bin/python $(DEMO)/show_nuclei.py $(OUT)/dataset.json $(OUT)/plate.png
 
 test: .venv/.dev .venv-tasks/.ready .venv-cpython/.ready lint
+	.ci/install-postgresql
 	.venv/bin/python -m pytest -n 2 --dist worksteal
+
+# Some of what the tests do ten times, a hundred times: an hour on two cores.
+chaos: .venv/.dev
+	FRACTAL_RUNNER_CHAOS_RUNS=100 FRACTAL_RUNNER_CHAOS_KILLS=12 \
+		.venv/bin/python -m pytest -n 2 --dist worksteal tests/history/test_kills.py
 
 lint: .venv/.dev
 	.venv/bin/ruff check .

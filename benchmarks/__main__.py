@@ -16,6 +16,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 # One line per benchmark: the module benchmarks.<name> has `run(report, scratch)`.
 BENCHMARKS = {
     "overhead": "what a unit costs beside the same call in a bare pool of threads",
+    "history": "how large the record of 100,000 units is, and how soon it answers",
     "images": "from tasks' raw outputs to the new dataset, and filtering it, up to 1,000,000 images",
     "loop": "how late the caller's event loop is with 10,000 units in flight",
     "executors": "what a call costs on our executors and on others, and how well slots are kept busy",

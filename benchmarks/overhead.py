@@ -1,7 +1,8 @@
 """What a unit costs: commands and Python functions, beside the same calls in a bare pool of threads.
 
 Commands are /bin/true, whose own cost is that of starting a process, so that what a run adds (arguments,
-log, evidence, watching) shows in full. Functions do nothing: what is measured is the run itself.
+log, evidence, watching) shows in full. Functions do nothing: what is measured is the run itself. Both are
+run with the history and without it, which shows what that costs.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._child import call, peak_memory
+from benchmarks._no_history import without_history
 from benchmarks._report import Report, alternate, mb, median, medians, ratio, seconds, spread
 from benchmarks._scratch import Scratch
 from fractal_runner import Dataset, Task, Workflow, WorkflowTask, process_workflow
@@ -70,30 +72,41 @@ def _commands(report: Report, scratch: Scratch) -> None:
             repetitions,
             {
                 "fractal_runner": lambda place=place: _run_commands(dataset, scratch.new(place)),
+                "no history": lambda place=place: _run_without_history(dataset, scratch.new(place)),
                 "bare pool": lambda place=place: _run_commands_bare(scratch.new(place)),
             },
             f"overhead: {COMMANDS:,} commands on {kind}",
         )
-        ours, bare = taken["fractal_runner"], taken["bare pool"]
+        ours, without, bare = taken["fractal_runner"], taken["no history"], taken["bare pool"]
         report.figures[f"commands_{key}"] = {"file_system": kind, "units": COMMANDS, **taken}
-        rows.append(
-            [
-                f"{COMMANDS:,} × {true_command()}, {kind}",
-                seconds(medians(ours, "seconds")),
-                seconds(medians(ours, "seconds") / COMMANDS),
-                seconds(medians(bare, "seconds")),
-                f"{ratio(ours, bare):.2f}",
-                spread(ours, bare),
-            ]
-        )
+        for name, figures in taken.items():
+            rows.append(
+                [
+                    f"{COMMANDS:,} × {true_command()}, {kind}, {name}",
+                    seconds(medians(figures, "seconds")),
+                    seconds(medians(figures, "seconds") / COMMANDS),
+                    "" if name == "bare pool" else f"{ratio(figures, bare):.2f}",
+                    "" if name == "bare pool" else spread(figures, bare),
+                    f"{ratio(figures, without):.2f}" if name == "fractal_runner" else "",
+                ]
+            )
         if key == "memory":
-            report.at_most("commands on tmpfs, ratio to a bare pool", 1.5, ratio(ours, bare))
+            report.at_most(
+                "commands on tmpfs, ratio to a bare pool, without history", 1.5, ratio(without, bare)
+            )
+        report.at_most(f"commands on {kind}, ratio to those without history", 1.15, ratio(ours, without))
     report.table(
         f"Commands over {THREADS} threads",
-        ["units", "fractal_runner", "a unit", "bare pool", "ratio", "ratios from … to"],
+        ["units", "in all", "a unit", "ratio to bare", "from … to", "ratio to no history"],
         rows,
     )
     report.note("bare pool: subprocess.run of the same words in a ThreadPoolExecutor of as many threads.")
+    report.note("no history: the history is told of the run and its tasks, and not of its units.")
+
+
+def _run_without_history(dataset: Dataset, directory: Path) -> dict[str, Any]:
+    with without_history():
+        return _run_commands(dataset, directory)
 
 
 def _run_commands(dataset: Dataset, directory: Path) -> dict[str, Any]:
@@ -137,6 +150,11 @@ def _functions(report: Report, scratch: Scratch) -> None:
             "fractal_runner": lambda: call(
                 "benchmarks.overhead:run_functions", count=FUNCTIONS, directory=str(scratch.new(place))
             ),
+            "no history": lambda: call(
+                "benchmarks.overhead:run_functions_without_history",
+                count=FUNCTIONS,
+                directory=str(scratch.new(place)),
+            ),
             "bare pool": lambda: call("benchmarks.overhead:run_functions_bare", count=FUNCTIONS),
         },
         f"overhead: {FUNCTIONS:,} functions",
@@ -160,7 +178,9 @@ def _functions(report: Report, scratch: Scratch) -> None:
         ]
         + [["ratio", f"{ratio(ours, bare):.1f}", "", "", f"{ratio(ours, bare, 'peak_bytes'):.1f}"]],
     )
-    report.at_least("functions a second", 5_000, rate)
+    without = median([FUNCTIONS / figure["seconds"] for figure in taken["no history"]])
+    report.at_least("functions a second, without history", 5_000, without)
+    report.at_least("functions a second", 4_000, rate)
     report.at_most("peak memory of the run of functions", 400, peak / 1e6, "MB")
 
 
@@ -179,6 +199,12 @@ def run_functions(count: int, directory: str) -> dict[str, Any]:
         return time.perf_counter() - began
 
     return {"seconds": asyncio.run(measured()), "peak_bytes": peak_memory()}
+
+
+def run_functions_without_history(count: int, directory: str) -> dict[str, Any]:
+    """In a fresh process: the same without a record of its units."""
+    with without_history():
+        return run_functions(count, directory)
 
 
 def run_functions_bare(count: int) -> dict[str, Any]:

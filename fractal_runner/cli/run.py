@@ -122,6 +122,7 @@ class _Session:
                 loop.add_signal_handler(number, self._on_signal, number, task)
             else:  # the loop stands still while the executor works
                 signal.signal(number, self._on_signal_inline)
+        self._say(f"{'Going on' if request.resume else 'Running'} in {request.directory}")
         try:
             with self._display:
                 dataset = await task

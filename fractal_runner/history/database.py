@@ -20,7 +20,6 @@ from typing import Any, TypeVar
 
 import psutil
 from sqlalchemy import Connection, Engine, Table, bindparam, create_engine, delete, event, insert
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -96,8 +95,7 @@ class Database:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.url = parse_url(url)
-        is_file = self.url.get_backend_name() == "sqlite"
-        self.path = Path(self.url.database or "") if is_file else None
+        self.path = sqlite_file(url)
         self.name = str(self.path or without_password(self.url))
         self._patience_s = patience_s
         self._at_commit = at_commit
@@ -109,7 +107,7 @@ class Database:
             if create:
                 # One that is not there now is not waited for. But of two who make a SQLite file at once,
                 # one is told at once that it is locked.
-                patience_s = _BUSY_S if is_file else 0
+                patience_s = _BUSY_S if self.path is not None else 0
                 self.write(lambda connection: schema.prepare(connection, self.name), patience_s=patience_s)
             else:
                 with self.reading() as connection:
@@ -221,6 +219,8 @@ class Upsert:
         if name == "sqlite":
             self._many_to_a_statement(connection, rows)
         elif name == "postgresql":
+            from sqlalchemy.dialects import postgresql  # takes a while to load, and most have SQLite
+
             connection.exec_driver_sql(self._text(connection, postgresql.insert(self._table)), list(rows))
         else:
             here = [self._table.c[column] == bindparam(f"of_{column}") for column in self._key]
@@ -229,6 +229,8 @@ class Upsert:
             connection.execute(insert(self._table), rows)
 
     def _many_to_a_statement(self, connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
+        from sqlalchemy.dialects import sqlite
+
         text = self._text(connection, sqlite.insert(self._table))
         head, _, tail = text.partition(_VALUES)
         group = f"({', '.join('?' * len(self._columns))})"
@@ -270,6 +272,16 @@ def parse_url(url: str | os.PathLike[str]) -> URL:
             raise ValueError(f"{url!r} names no file: a history in memory would be lost with the process")
         return parsed.set(database=os.path.abspath(parsed.database))  # noqa: PTH100
     return parsed
+
+
+def sqlite_file(url: str | os.PathLike[str]) -> Path | None:
+    """The file of a SQLite database; None if it is another one.
+
+    Raises:
+        ValueError: as `parse_url`.
+    """
+    parsed = parse_url(url)
+    return Path(parsed.database or "") if parsed.get_backend_name() == "sqlite" else None
 
 
 def without_password(url: URL) -> str:

@@ -240,6 +240,23 @@ class RunWriter:
         row["state"] = state.value
         self._gather()
 
+    def left_out(self, position: int, stage: str, first: int) -> None:
+        """A resume has left a stage with fewer units: those from number `first` on count no more."""
+        beyond = (
+            (units.c.run_id == self.run_id)
+            & (units.c.position == position)
+            & (units.c.stage == stage)
+            & (units.c.number >= first)
+        )
+        never_ended = beyond & units.c.state.in_([State.SUBMITTED.value, State.RUNNING.value])
+
+        def work(connection: Connection) -> None:
+            ended = {"state": State.CANCELLED.value, "ended": self._clock(), "message": _LEFT_OUT}
+            connection.execute(update(units).where(never_ended).values(**ended))
+            connection.execute(update(units).where(beyond).values(is_last=False))
+
+        self._write(work)
+
     def due_in(self) -> float:
         """Seconds until `flush` is to be called; infinite while there is nothing to write."""
         if len(self._changed) >= _MANY:
@@ -380,6 +397,7 @@ def _lost(run_id: str, owner: Row[Any] | None) -> str:
     )
 
 
+_LEFT_OUT = "The run was resumed without this unit."
 _NEW: dict[str, Any] = dict.fromkeys(column.name for column in units.columns)
 _SUPERSEDE = (
     update(units)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from fractal_runner.worker import processes
-from fractal_runner.worker.command import MARK_VARIABLE, read_output
+from fractal_runner.worker.command import MARK_VARIABLE, read_output, runs_here
 from fractal_runner.worker.evidence import LEDGER_SUFFIX, CorruptEvidenceError, read_payloads
 from fractal_runner.worker.processes import Identity
 from fractal_runner.worker.spec import UnitResult
@@ -265,7 +265,13 @@ class _Workers:
     def _look(self) -> None:
         # Whether they live is asked first: one that is dead by then has written all that it ever will.
         alive = {worker for worker in {trace.worker for trace in self._traces} if _may_live(worker)}
-        waited_for = [trace for trace in self._traces if trace.worker in alive]
+        # What this process itself has run it need not read: the record of the end may have found no space.
+        me = processes.identify(os.getpid())
+        waited_for = [
+            trace
+            for trace in self._traces
+            if trace.worker in alive and (trace.worker != me or runs_here(trace.key))
+        ]
         ended = self._ended(waited_for)
         self._traces = [trace for trace in waited_for if trace.key not in ended]
 

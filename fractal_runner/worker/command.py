@@ -33,7 +33,7 @@ from fractal_runner.worker.spec import (
 )
 from fractal_runner.worker.stop import POLL_S, StopRequest
 
-__all__ = ["EVIDENCE_DIR", "LOG_TAIL_CHARS", "MARK_VARIABLE", "log_tail", "read_output", "run_unit"]
+__all__ = ["EVIDENCE_DIR", "LOG_TAIL_CHARS", "MARK_VARIABLE", "log_tail", "read_output", "run_unit", "runs_here"]
 
 LOG_TAIL_CHARS = 20_000
 MARK_VARIABLE = "FRACTAL_RUNNER_UNIT"
@@ -45,6 +45,7 @@ _LEFTOVER_GRACE_S = 2.0
 _KILL_WAIT_S = 10.0
 _RECORDED = tuple(field.name for field in fields(UnitResult) if field.name not in ("key", "output"))
 _local = threading.local()
+_running: set[str] = set()  # keys of the units that run in this process
 _encode = encoder(allow_nan=False)
 # The shell's codes (POSIX, XCU 2.8.2): 127 for a command that is not there, 126 for one that is but
 # cannot be executed.
@@ -60,6 +61,19 @@ _EXEC_CODES = {
 
 def run_unit(spec: UnitSpec) -> UnitResult:
     """Run `spec` here, to its end, and report it."""
+    _running.add(spec.key)
+    try:
+        return _run_unit(spec)
+    finally:
+        _running.discard(spec.key)
+
+
+def runs_here(key: str) -> bool:
+    """Whether the unit of this key is being run in this process, by one of its threads."""
+    return key in _running
+
+
+def _run_unit(spec: UnitSpec) -> UnitResult:
     stop = StopRequest(spec.run_id, spec.run_dir, epoch=spec.epoch, key=spec.key)
     if stop.asked():
         return _not_started(spec, CANCELLED, f"{stop.reason()} This unit had not started.")

@@ -86,6 +86,10 @@ class Dispatch:
         self._in_flight[future] = unit
         future.add_done_callback(self._ended.put)
 
+    def in_flight(self) -> list[Unit]:
+        """The units that have been submitted and not ended."""
+        return list(self._in_flight.values())
+
     def running(self) -> list[Unit]:
         """The units that have started and not ended, as far as their futures tell."""
         return [unit for future, unit in self._in_flight.items() if future.running()]
@@ -101,7 +105,7 @@ class Dispatch:
             Those that were taken back.
         """
         self._units = None
-        self._again.clear()
+        self._again.clear()  # whoever wanted these tried again knows them
         futures = list(self._in_flight) if self._takes_back else []
         return [self._in_flight.pop(future) for future in futures if future.cancel()]
 

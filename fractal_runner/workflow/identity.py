@@ -43,10 +43,15 @@ def task_content(task: WorkflowTask) -> dict[str, Any]:
     }
 
 
+def work_of(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a task's content, what its units do."""
+    return {name: content[name] for name in _WORK}
+
+
 def unit_digest(task: WorkflowTask) -> Callable[[Mapping[str, Any]], str]:
     """A function from the arguments of one of the task's units to the digest of what it does."""
     content = task_content(task)
-    base = hashlib.blake2b(_sorted_json({name: content[name] for name in _WORK}).encode(), digest_size=16)
+    base = hashlib.blake2b(_sorted_json(work_of(content)).encode(), digest_size=16)
 
     def digest(args: Mapping[str, Any]) -> str:
         both = base.copy()

@@ -47,6 +47,17 @@ class Journal:
         """The init unit has told how many units there are in all."""
         self.writer.change_task(self._position, units=count)
 
+    def left_out(self, stage: str, first: int) -> None:
+        """Units of an earlier coordinator, from this one of a stage on, are the task's no more."""
+        self.writer.left_out(self._position, stage, first)
+
+    def task_left_out(self, position: int) -> None:
+        """A task that an earlier coordinator began is the run's no more."""
+        for stage in ("non_par", "par"):
+            self.writer.left_out(position, stage, 0)
+        why = "The run was resumed without this task."
+        self.writer.change_task(position, state=State.CANCELLED, error=why)
+
     def submitted(self, place: Place, unit: Unit, *, when: float | None = None) -> None:
         """An attempt at a unit is given to an executor, or was, by an earlier coordinator."""
         self.writer.submitted(

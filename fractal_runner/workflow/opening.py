@@ -22,6 +22,7 @@ from pydantic import TypeAdapter
 from sqlalchemy import Row
 
 from fractal_runner.errors import HistoryError, JobExecutionError
+from fractal_runner.history.database import sqlite_file
 from fractal_runner.history.directory import RUN_FILE, DirectoryLock, RunFile, read_run_file
 from fractal_runner.history.schema import State
 from fractal_runner.history.store import FILE_NAME, History
@@ -76,7 +77,7 @@ class Progress:
         done: how many of its tasks are.
         images: the dataset's, after the last of these.
         type_filters: in force before the next.
-        interrupted: the record of the next task, if it had begun.
+        interrupted: the record of the next task, if it had begun; it may be out of the range by now.
     """
 
     done: int
@@ -155,12 +156,14 @@ class OpenRun:
         if isinstance(choice, History):
             return choice
         directory = self._wanted.directory
-        if choice is None and found is not None:
-            choice = found.history_in(directory)
-            if found.history is None and not Path(choice).exists():
+        if found is not None:
+            choice = choice or found.history_in(directory)
+            file = sqlite_file(choice)
+            if file is not None and (not file.exists() or file.stat().st_size == 0):
                 raise HistoryError(
-                    f"{directory / RUN_FILE} tells of a run, but its history {choice} is gone: put it back, "
-                    f"or go on in a new directory from {DATASET_FILE} and {FILTERS_FILE}."
+                    f"{directory / RUN_FILE} tells of a run, but its history {file} is "
+                    f"{'empty' if file.exists() else 'gone'}: put it back, or go on in a new directory from "
+                    f"{DATASET_FILE} and {FILTERS_FILE}."
                 )
         history = History(choice or directory / FILE_NAME)
         stack.callback(history.close)
@@ -170,7 +173,9 @@ class OpenRun:
         """The run of a directory whose coordinator died before it could say in it which one it is."""
         directory = self._wanted.directory
         runs = self.reader.runs() if is_own else self.reader.runs_in(directory)
-        return RunFile(runs[0].id, None if is_own else history.url) if runs else None
+        if not runs or (not is_own and self.reader.tasks(runs[0].id)):
+            return None  # a run that has come further had said so: its directory has been removed since
+        return RunFile(runs[0].id, None if is_own else history.url)
 
     def _go_on(self, history: History) -> None:
         history.check()
@@ -192,7 +197,7 @@ class OpenRun:
         )
         (wanted.directory / SHUTDOWN_FILE).unlink(missing_ok=True)
         following = len(done)
-        interrupted = rows.get(wanted.positions[following]) if following < len(wanted.positions) else None
+        interrupted = next((rows[position] for position in sorted(rows) if position not in done), None)
         if not done:
             self.progress = Progress(0, ImageList(wanted.dataset.images), wanted.type_filters, interrupted)
             return

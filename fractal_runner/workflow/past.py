@@ -23,6 +23,7 @@ class Attempt:
 
     Attributes:
         number: from 1.
+        counts: whether it is the latest recorded attempt at a unit that the task still has.
         state: as it is recorded; None if the history does not know of it.
         digest: of what it ran; "" if that is not known.
         output: what it returned, as JSON text, if it is recorded as done.
@@ -31,6 +32,7 @@ class Attempt:
     """
 
     number: int
+    counts: bool = False
     state: State | None = None
     digest: str = ""
     output: str | None = None
@@ -56,7 +58,7 @@ class UnitPast:
     def recorded(self, digest: str) -> Attempt | None:
         """The recorded success of a unit that does just this, if there is one."""
         for attempt in self.attempts.values():
-            if attempt.state is State.DONE and attempt.digest == digest:
+            if attempt.counts and attempt.state is State.DONE and attempt.digest == digest:
                 return attempt
         return None
 
@@ -81,6 +83,7 @@ class TaskPast:
         self._units: dict[tuple[str, int], UnitPast] = {}
         for row in rows:
             attempt = self._unit(row.stage, row.number).attempt(row.attempt)
+            attempt.counts = row.is_last
             attempt.state = State(row.state)
             attempt.digest = row.digest
             attempt.output = row.output
@@ -97,6 +100,17 @@ class TaskPast:
             attempt = self._unit(stage, index).attempt(number)
             attempt.trace = trace
             attempt.digest = attempt.digest or trace.digest
+
+    def beyond(self, stage: str, count: int) -> list[tuple[int, UnitPast]]:
+        """The units of a stage that has no more than `count` of them now, by their indices."""
+        return [
+            (index, unit) for (of_stage, index), unit in self._units.items() if of_stage == stage and index >= count
+        ]
+
+    @property
+    def stages(self) -> set[str]:
+        """The stages of which units are known."""
+        return {stage for stage, _ in self._units}
 
     def open_attempts(self, stage: str | None = None) -> Iterator[Attempt]:
         """The attempts, of all stages or of one, of which the history does not know the end."""

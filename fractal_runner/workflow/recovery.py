@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
@@ -22,7 +22,7 @@ from fractal_runner.workflow.failures import UnitError
 from fractal_runner.workflow.journal import NEVER_STARTED, UNKNOWN_OUTCOME, Journal
 from fractal_runner.workflow.outcome import Outcome, Validated
 from fractal_runner.workflow.past import Attempt, TaskPast
-from fractal_runner.workflow.units import Place, Unit, keys_of, title
+from fractal_runner.workflow.units import Place, Unit, file_prefix, title
 
 _PATIENCE_S = 10.0  # for workers that still live to notice that they are fenced off, beyond the grace time
 _NAMED = 10
@@ -53,8 +53,11 @@ class Recovery:
         past: what is recorded of its units.
         same_work: whether the task still does what it did then; else all its units run again.
         rerun_unknown: run units again even if nobody knows how far they got, and they should not be.
+        run_id: the run.
+        keys: what the keys of the task's units began with then.
         epoch: which of the run's coordinators this is.
         run_dir: the run's directory as it is seen from here.
+        grace_s: seconds between TERM and KILL.
         logger: is told what was found.
     """
 
@@ -64,22 +67,36 @@ class Recovery:
         *,
         same_work: bool,
         rerun_unknown: bool,
+        run_id: str,
+        keys: str,
         epoch: int,
         run_dir: str,
+        grace_s: float,
         logger: logging.Logger,
     ) -> None:
         self._past = past
         self._same_work = same_work
         self._rerun_unknown = rerun_unknown
+        self._run_id = run_id
+        self._keys = keys
         self._epoch = epoch
         self._run_dir = run_dir
+        self._grace_s = grace_s
         self._logger = logger
         self._is_fenced = False
 
-    def fence(self, spare: Iterable[str] = ()) -> None:
+    def finish(self) -> None:
+        """End what is left of earlier coordinators, if there was nothing to be recovered."""
+        if self._is_fenced:
+            return
+        self._fence(())
+        if left := self._end_leftovers(()):
+            self._logger.warning("%d unit(s) may still be running: %s", len(left), _places(left))
+
+    def _fence(self, spare: Collection[str]) -> None:
         """Keep all workers of earlier coordinators from going on, but for the units of these keys."""
         if not self._is_fenced:
-            raise_fence(self._run_dir, self._epoch, list(spare))
+            raise_fence(self._run_dir, self._epoch, spare)
             self._is_fenced = True
 
     def recover(
@@ -113,15 +130,20 @@ class Recovery:
         remaining = []
         for unit in units:
             known = self._past.of(place.stage.name, unit.index).recorded(unit.digest)
-            if known is None:
+            if known is None or not self._same_work:
                 remaining.append(unit)
             else:
                 outcome.succeed(unit, outcome.validated(json.loads(known.output) if known.output else None))
-        if not remaining:
+        gone = self._gone(place.stage.name, outcome.count)
+        if not remaining and not gone:
             return [], [], []
+        self._discard(gone, attach, discard)
         adopted = self._attached(remaining, place, attach, discard)
-        self.fence(adopted)
-        self._listen(place, adopted)
+        self._fence(adopted)
+        left = self._end_leftovers(adopted)
+        self._refuse_to_guess(place, left, adopted)
+        for stage, first in gone.items():
+            journal.left_out(stage, first)
         rest: list[Unit] = []
         news: list[Judged] = []
         for unit in remaining:
@@ -139,6 +161,26 @@ class Recovery:
         )
         return rest, list(adopted.values()), news
 
+    def _gone(self, stage: str, count: int) -> dict[str, int]:
+        """The stages that have fewer units now, or others altogether, and from which number on."""
+        if self._same_work:
+            return {stage: count} if self._past.beyond(stage, count) else {}
+        return {} if self._is_fenced else dict.fromkeys(self._past.stages, 0)  # once for all of them
+
+    def _discard(
+        self,
+        gone: Mapping[str, int],
+        attach: Callable[[str], Future[UnitResult] | None],
+        discard: Callable[[Future[UnitResult]], None],
+    ) -> None:
+        """End the calls of units that are no more, wherever they still wait or run."""
+        for stage, first in gone.items():
+            for index, past in self._past.beyond(stage, first):
+                for attempt in past.open():
+                    future = attach(f"{self._keys}{file_prefix(stage, index, attempt.number)}")
+                    if future is not None:
+                        discard(future)
+
     def _attached(
         self,
         units: Iterable[Unit],
@@ -154,7 +196,7 @@ class Recovery:
             numbers = [attempt.number for attempt in past.open()] or [past.last + 1]
             for number in numbers:
                 attempt = replace(unit, attempt=number)
-                key = place.spec(attempt).key
+                key = self._key(place, attempt)
                 future = attach(key)
                 if future is None:
                     continue
@@ -165,10 +207,18 @@ class Recovery:
                     discard(future)
         return adopted
 
-    def _listen(self, place: Place, adopted: Collection[str]) -> None:
-        """Hear the workers, end what is left of the units that nobody knows the end of, hear them again."""
-        evidence, keys = f"{self._run_dir}/{EVIDENCE_DIR}", keys_of(place.run_id, place.stage.task)
-        self._past.hear(read_traces(evidence, keys))
+    def _key(self, place: Place, unit: Unit) -> str:
+        """The key of an attempt that an earlier coordinator has made."""
+        return f"{self._keys}{file_prefix(place.stage.name, unit.index, unit.attempt)}"
+
+    def _end_leftovers(self, adopted: Collection[str]) -> list[Trace]:
+        """Hear the workers, end what is left of the units that nobody knows the end of, hear them again.
+
+        Returns:
+            What may still run.
+        """
+        evidence = f"{self._run_dir}/{EVIDENCE_DIR}"
+        self._past.hear(read_traces(evidence, self._keys))
         unknown = [
             attempt.trace
             for attempt in self._past.open_attempts()
@@ -176,14 +226,14 @@ class Recovery:
         ]
         left = end_leftovers(
             unknown,
-            run_id=place.run_id,
+            run_id=self._run_id,
             directory=evidence,
             spare=adopted,
-            grace_s=place.grace_s,
-            patience_s=place.grace_s + _PATIENCE_S,
+            grace_s=self._grace_s,
+            patience_s=self._grace_s + _PATIENCE_S,
         )
         if unknown:
-            ended = read_traces(evidence, keys)
+            ended = read_traces(evidence, self._keys)
             # How they end now is our doing, unless they came to a good end all the same.
             self._past.hear(
                 {
@@ -192,7 +242,7 @@ class Recovery:
                     if (result := ended[trace.key].result) is not None and result.succeeded
                 }
             )
-        self._refuse_to_guess(place, left, adopted)
+        return left
 
     def _refuse_to_guess(self, place: Place, left: list[Trace], adopted: Collection[str]) -> None:
         """Stop if units would be run again that should not be.
@@ -204,13 +254,9 @@ class Recovery:
             return
         how = "resume with rerun_unknown=True (--rerun-unknown) to run them again all the same"
         if left:
-            where = ", ".join(
-                f"{trace.key.rpartition('/')[2]} on {trace.worker.host} (pid {trace.worker.pid})"
-                for trace in left[:_NAMED]
-            )
             raise JobExecutionError(
                 f"{title(place.stage.task)}: {len(left)} unit(s) may still be running where they cannot be "
-                f"ended from here: {where}. End them there, or {how}.",
+                f"ended from here: {_places(left)}. End them there, or {how}.",
                 reason=UNKNOWN_OUTCOME,
             )
         if place.stage.resources.rerunnable:
@@ -247,16 +293,18 @@ class Recovery:
         for attempt in past.open():
             made = replace(unit, attempt=attempt.number, digest=attempt.digest or unit.digest)
             journal.submitted(place, made, when=attempt.submitted)
-            if place.spec(made).key in adopted:
+            if self._key(place, made) in adopted:
                 goes_on = True
                 continue
             judged = self._ended(attempt, made, place, journal, judge)
-            if judged is not None and judged.failure is None and made.digest == unit.digest:
+            if not self._same_work or made.digest != unit.digest:
+                continue
+            if judged is not None and judged.failure is None:
                 success = judged
         if success is not None:
             return success
         again = replace(unit, attempt=past.last + 1)
-        if not goes_on and place.spec(again).key in adopted:
+        if not goes_on and self._key(place, again) in adopted:
             journal.submitted(place, again)
             goes_on = True
         return None if goes_on else again
@@ -282,3 +330,11 @@ class Recovery:
         else:
             journal.failed(place, made, judged.failure, judged.result)
         return judged
+
+
+def _places(traces: Sequence[Trace]) -> str:
+    """Where units run, in words."""
+    return ", ".join(
+        f"{trace.key.rpartition('/')[2]} on {trace.worker.host} (pid {trace.worker.pid})"
+        for trace in traces[:_NAMED]
+    )

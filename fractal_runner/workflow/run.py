@@ -34,6 +34,7 @@ from fractal_runner.workflow.identity import (
     task_key,
     unpacked,
     unpacked_text,
+    work_of,
 )
 from fractal_runner.workflow.images import ImageList
 from fractal_runner.workflow.journal import Journal
@@ -44,7 +45,7 @@ from fractal_runner.workflow.outputs import merge
 from fractal_runner.workflow.past import TaskPast
 from fractal_runner.workflow.recovery import Recovery
 from fractal_runner.workflow.stage import Conditions, StageRun, check_program
-from fractal_runner.workflow.units import Stage, order_of, stages_of, title
+from fractal_runner.workflow.units import Stage, keys_of, order_of, stages_of, title
 
 if TYPE_CHECKING:
     from fractal_runner.executors.registry import Executors
@@ -133,6 +134,7 @@ class Run:
         self._is_cancelled_outside = is_cancelled
         self._cancelled = threading.Event()
         self._stage: StageRun | None = None
+        self._outcome: Outcome | None = None  # of the stage that ran last, of this task
         self._left_running = False
         # From `_open` on:
         self._opened: OpenRun
@@ -237,11 +239,12 @@ class Run:
             images, text = self._run_task(index, stages[index], images, types, recovery)
             types = plan.filters_after(task, plan.filters_for(task, types))
             if recovery is not None:
-                recovery.fence()  # if the task left nothing to be recovered
+                recovery.finish()
                 recovery = None
             self._write_state(images, types, index + 1, text)
         if recovery is not None:
-            recovery.fence()
+            recovery.finish()
+            self._leave_out_interrupted()
         return self._dataset.with_images(images)
 
     def _recovery(self, index: int) -> Recovery:
@@ -252,20 +255,29 @@ class Run:
             [] if row is None else opened.reader.units(opened.run_id, position=row.position, last_only=False)
         )
         same = True
-        if row is not None:
+        if row is not None and index < len(self._tasks):
             task = self._tasks[index]
             recorded, given = json.loads(row.content), json.loads(json.dumps(task_content(task)))
             if found := first_difference(recorded, given):
                 self._logger.info("%s: its %s", title(task), found)
-            same = found is None
+            same = first_difference(work_of(recorded), work_of(given)) is None
         return Recovery(
             TaskPast(rows),
             same_work=same,
             rerun_unknown=self._options.rerun_unknown,
+            run_id=opened.run_id,
+            keys=keys_of(opened.run_id, index if row is None else row.task_order),
             epoch=opened.writer.epoch,
             run_dir=str(self._local),
+            grace_s=self._options.grace_s,
             logger=self._logger,
         )
+
+    def _leave_out_interrupted(self) -> None:
+        """Record that a task which had begun is out of the range by now, if one is."""
+        progress = self._opened.progress
+        if progress is not None and (row := progress.interrupted) is not None:
+            self._record(lambda: self._journal.task_left_out(row.position), self._dataset)
 
     def _check(self, stages: list[list[Stage]]) -> None:
         """Everything about the tasks of the whole range that can be wrong before one of them runs."""
@@ -336,8 +348,10 @@ class Run:
         if self._drain.is_set():
             self._fail(turn, self._ended_early(task, "nothing of it has run"))
         if count == 0:
-            self._fail(turn, JobExecutionError(plan.no_images(task, in_force, self._filters)))
+            attributes = self._wanted.attribute_filters if index == 0 else self._filters
+            self._fail(turn, JobExecutionError(plan.no_images(task, in_force, attributes)))
         self._logger.info("%s begins%s", title(task), "" if count is None else f" with {count} image(s)")
+        self._outcome = None
         try:
             self._begin_task(turn, count, named)
             outcome = self._run_stages(stages, selected, recovery)
@@ -346,7 +360,7 @@ class Run:
             problem.__cause__ = error
             self._fail(turn, problem)
         except (TaskExecutionError, JobExecutionError) as error:
-            self._end_task(State.FAILED, dict.fromkeys(turn.urls, False), error=str(error))
+            self._end_task(State.FAILED, self._states_so_far(turn), error=str(error))
             self._fail(turn, error)
         if self._cancelled.is_set():
             self._end_task(State.CANCELLED, outcome.image_states(turn.urls))
@@ -390,6 +404,12 @@ class Run:
                 failures.append(_about(task, error))
             self._fail(turn, failures[0], failures, merged)
         return merged, recorded
+
+    def _states_so_far(self, turn: _Turn) -> dict[str, bool]:
+        """Whether each image of a task that could not go on is done."""
+        if self._outcome is None:
+            return dict.fromkeys(turn.urls, False)
+        return self._outcome.image_states(turn.urls)
 
     def _merged(self, turn: _Turn, outcome: Outcome) -> ImageList:
         """The images with what the task's units returned."""
@@ -487,7 +507,7 @@ class Run:
         return self._run_stage(compute, stages[1].compute_units(items), recovery)
 
     def _run_stage(self, stage: StageRun, units: Any, recovery: Recovery | None) -> Outcome:
-        self._stage = stage
+        self._stage, self._outcome = stage, stage.outcome
         try:
             return stage.run(units, recovery)
         finally:

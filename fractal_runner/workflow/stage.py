@@ -38,7 +38,7 @@ from fractal_runner.workflow.journal import NEVER_STARTED, Journal
 from fractal_runner.workflow.outcome import Outcome, Validated
 from fractal_runner.workflow.outputs import collector_paused
 from fractal_runner.workflow.recovery import Adopted, Judged, Recovery
-from fractal_runner.workflow.units import Place, Stage, Unit, order_of, title, unit_of_key
+from fractal_runner.workflow.units import Place, Stage, Unit, order_of, title
 
 if TYPE_CHECKING:
     from fractal_runner.executors.registry import Executors, Submitter
@@ -141,6 +141,8 @@ class StageRun:
         self._dispatch: Dispatch | None = None
         self._judged: list[Judged] = []  # recorded with the next flush, and used then
         self._news: list[Event] = []  # told with the next flush
+        self._retried: dict[int, Judged] = {}  # the last failures of units that are tried again
+        self._no_more = False  # nothing starts any more
         self._seen_running: set[tuple[int, int]] = set()  # index, attempt
         self._looked_at: tuple[float, tuple[RunningUnit, ...]] = time.time(), ()
         self._problem: HistoryError | None = None
@@ -276,6 +278,7 @@ class StageRun:
         """Judge and note one unit's end. Whatever a run learns of its units comes through here."""
         judged = self._judge(ended)
         unit, failure = judged.unit, judged.failure
+        self._retried.pop(unit.index, None)
         if failure is None:
             assert judged.result is not None
             self._journal.done(self._place, unit, judged.result)
@@ -288,6 +291,7 @@ class StageRun:
             if self._run.stop_at_failure:
                 self._take_back(dispatch)
             return
+        self._retried[unit.index] = judged
         dispatch.again(again)
         self._run.logger.warning("%s (attempt %d; trying again)", _first_line(str(failure)), unit.attempt)
         if self._emit is not None:
@@ -312,7 +316,7 @@ class StageRun:
         from_outside = isinstance(judged.failure, JobExecutionError)
         if unit.retry >= wanted.retries or not (from_outside or wanted.retry_any):
             return None
-        if self.outcome.stopped or self._run.drain.is_set() or self._must_stop():
+        if self._no_more or self._run.drain.is_set() or self._must_stop():
             return None
         avoid = unit.avoid
         if wanted.retry_elsewhere and judged.result is not None and judged.result.host:
@@ -320,8 +324,14 @@ class StageRun:
         return replace(unit, attempt=unit.attempt + 1, retry=unit.retry + 1, avoid=avoid)
 
     def _take_back(self, dispatch: Dispatch) -> None:
+        """Let nothing start any more."""
+        self._no_more = True
         for unit in dispatch.submit_no_more():
             self._journal.given_up(self._place, unit, NEVER_STARTED, "The run ended before it started.")
+        # Those whose next attempt still runs are told of by that.
+        under_way = {unit.index for unit in dispatch.in_flight()}
+        for index in self._retried.keys() - under_way:
+            self._judged.append(self._retried.pop(index))
 
     def _flush(self) -> None:
         """Record what has been noted; only then it counts."""
@@ -385,16 +395,14 @@ class StageRun:
         now = time.time()
         if not running or now - self._looked_at[0] < _LOOK_CLOSER_S:
             return
-        keys = self._place.keys
-        infos = [
-            info
-            for info in self._run.executors.tasks(self._executor_name)
-            if info.started is not None and (info.key or "").startswith(keys)
-        ]
+        # By key: an executor may list more, such as calls that it has left running.
+        attempts = {self._place.key(unit): unit for unit in running}
+        tasks = self._run.executors.tasks(self._executor_name)
+        infos = [info for info in tasks if info.started is not None and info.key in attempts]
         for info in infos:
-            _, index, attempt = unit_of_key(info.key or "")
+            unit = attempts[info.key or ""]
             known = {"started": info.started, "host": info.host, "pid": info.pid, "job_id": info.job_id}
-            self._runs(index, attempt, known)
+            self._runs(unit.index, unit.attempt, known)
         if not infos:  # an executor that tells no more than a future does
             for unit in running:
                 self._runs(unit.index, unit.attempt, {"started": now})

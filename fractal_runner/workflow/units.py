@@ -140,7 +140,7 @@ class Place:
         stage = self.stage
         prefix = self._prefix(unit)
         return UnitSpec(
-            key=f"{self.keys}{prefix}",
+            key=self.key(unit),
             command=stage.command,
             function=stage.function,
             args=unit.args,
@@ -159,7 +159,11 @@ class Place:
     @property
     def keys(self) -> str:
         """What the keys of all units of the task begin with."""
-        return keys_of(self.run_id, self.stage.task)
+        return keys_of(self.run_id, order_of(self.stage.task))
+
+    def key(self, unit: Unit) -> str:
+        """The durable name of this attempt at the unit."""
+        return f"{self.keys}{self._prefix(unit)}"
 
     def call_name(self, unit: Unit) -> str:
         """What the unit's call is called in displays and in the list of processes."""
@@ -185,15 +189,18 @@ class Place:
         return name
 
     def _prefix(self, unit: Unit) -> str:
-        again = f"-try{unit.attempt}" if unit.attempt > 1 else ""
-        if not self.stage.parallel:
-            return f"{self.stage.name}{again}"
-        return f"{self.stage.name}-{unit.index // BATCH_SIZE:06d}-{unit.index:07d}{again}"
+        return file_prefix(self.stage.name, unit.index, unit.attempt)
 
 
-def keys_of(run_id: str, task: WorkflowTask) -> str:
+def file_prefix(stage: str, index: int, attempt: int) -> str:
+    """What the names of an attempt's files begin with, and its key ends with."""
+    again = f"-try{attempt}" if attempt > 1 else ""
+    return f"{stage}{again}" if stage == "non_par" else f"{stage}-{index // BATCH_SIZE:06d}-{index:07d}{again}"
+
+
+def keys_of(run_id: str, order: int) -> str:
     """What the keys of all units of a task begin with."""
-    return f"{run_id}/{task.order}/"
+    return f"{run_id}/{order}/"
 
 
 def unit_of_key(key: str) -> tuple[str, int, int]:

@@ -79,3 +79,25 @@ def test_the_tasks_of_the_environment_are_listed(task_python: Path) -> None:
     assert listed.returncode == 0
     assert "fractal-tasks-core 2.1.0" in listed.stdout
     assert "Threshold" in listed.stdout
+
+
+def test_the_demo_killed_in_its_third_task_is_resumed_as_the_readme_shows(
+    demo: Path, top: Path, task_python: Path, tmp_path: Path
+) -> None:
+    printed = re.search(r"^```sh\n(.*?)^```$", (top / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert printed is not None
+    # The same words in another place: a plate of four wells, and a directory of this test's own.
+    script = (
+        printed[1].replace(".venv/bin/fractal-runner", PROGRAM).replace("runs/plate", str(tmp_path / "run"))
+    )
+    script = script.replace("examples/ihc_plate/out", str(demo)).replace(
+        ".venv-tasks/bin/python", str(task_python)
+    )
+    script = script.replace("examples/ihc_plate", str(top / "examples" / "ihc_plate"))
+
+    shown = run("bash", "-c", script)
+
+    assert shown.returncode == 0, shown.stderr
+    assert "2 Threshold Segmentation     interrupted" in shown.stdout
+    images = json.loads((tmp_path / "run" / "dataset.json").read_text())["images"]
+    assert images == json.loads((demo / "after.json").read_text())["images"]

@@ -10,12 +10,14 @@ import json
 import os
 import shlex
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -170,8 +172,10 @@ class NotedRun:
         """That neither units nor threads of the run are there any more."""
         left = [process.pid for process in psutil.process_iter() if self._is_unit(process)]
         assert not left, f"units still run: {left}"
-        threads = [thread.name for thread in threading.enumerate() if thread.name.startswith("run")]
-        assert not threads, f"threads of the run are left: {threads}"
+        for thread in threading.enumerate():
+            if thread.name.startswith("run"):
+                thread.join(10)  # the last thing that it does is to say that it has ended
+                assert not thread.is_alive(), f"a thread of the run is left: {thread.name}"
 
     def _is_unit(self, process: psutil.Process) -> bool:
         try:
@@ -197,6 +201,12 @@ class NotedRun:
     def recorded_so_far(self) -> set[tuple[str, int]]:
         """What is recorded of a run that may just have begun."""
         return self.recorded() if (self.directory / "run.json").exists() else set()
+
+
+def sql(path: str | os.PathLike[str], text: str, *values: Any) -> list[Any]:
+    """Do this in a SQLite file, past all that knows better."""
+    with closing(sqlite3.connect(path)) as database, database:
+        return database.execute(text, values).fetchall()
 
 
 async def until(condition: Callable[[], bool], seconds: float = DEADLINE_S) -> None:
