@@ -33,10 +33,18 @@ T = TypeVar("T")
 PATIENCE_S = 120.0
 
 _PAUSES_S = (0.1, 0.2, 0.5, 1.0)
-_CONNECT_S = 10
 _BUSY_S = 10.0
 _VALUES = " VALUES "
 _PASSWORD = re.compile(r"(://[^/@:]*:).*(?=@)|(\bpassword=)[^&]*")  # in what need not be a URL
+# A host that is gone without a word is noticed in half a minute, not in the kernel's two hours
+# (postgresql.org, "libpq: parameter key words").
+_LIBPQ = {
+    "connect_timeout": 10,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 30_000,
+}
 _SECRETS = ("password", "sslpassword")  # libpq takes its parameters from a URL's query, too
 _ROWS_AT_A_TIME = (256, 32, 4, 1)  # times a unit's columns: within SQLite's 32,766 parameters
 # The pool's own is what waiters get when all connections are busy with a database that has gone away.
@@ -131,7 +139,7 @@ class Database:
         Args:
             work: what to do.
             patience_s: for how long to try.
-            give_up: asked between two tries.
+            give_up: asked from the second try on.
 
         Raises:
             HistoryError: if it cannot be written, or has been away for too long.
@@ -152,8 +160,9 @@ class Database:
                     return result
             except _TROUBLE as error:
                 why = _why(error)
-                waited = time.monotonic() >= deadline or give_up()
-                if not _passes(error) or waited:
+                waited = time.monotonic() >= deadline
+                # A broken connection is made anew once even for one who is in a hurry.
+                if not _passes(error) or waited or (tries and give_up()):
                     away = f" (it was tried for {patience_s:g} s)" if waited and patience_s else ""
                     raise HistoryError(f"The history {self.name} cannot be written: {why}{away}.") from error
                 if tries == 0:
@@ -260,13 +269,17 @@ def parse_url(url: str | os.PathLike[str]) -> URL:
     """
     if not isinstance(url, str) or "://" not in url:
         return URL.create("sqlite", database=os.path.abspath(url))  # noqa: PTH100 - links are kept
+    said, example = _PASSWORD.sub(r"\1\2***", url), "postgresql+psycopg://user@host/name"
     try:
         parsed = make_url(url)
         parsed.get_dialect()
     except (ArgumentError, NoSuchModuleError) as error:
-        example = "postgresql+psycopg://user@host/name"
-        said = _PASSWORD.sub(r"\1\2***", url)
         raise ValueError(f"{said!r} is not the URL of a database, such as {example}: {error}") from None
+    except ValueError:  # it quotes what it took for the port, and that may be part of a password
+        raise ValueError(
+            f"{said!r} is not the URL of a database, such as {example}: its port is not a number (in a "
+            "password, signs like : / @ are written as %3A %2F %40)"
+        ) from None
     if parsed.get_backend_name() == "sqlite":
         if not parsed.database or parsed.database == ":memory:":
             raise ValueError(f"{url!r} names no file: a history in memory would be lost with the process")
@@ -304,8 +317,9 @@ def _engine(url: URL, *, writes: bool) -> Engine:
     try:
         if url.get_backend_name() == "sqlite":
             return _sqlite(url, writes=writes)
-        arguments = {"connect_timeout": _CONNECT_S} if url.get_backend_name() == "postgresql" else {}
-        return create_engine(url, pool_pre_ping=True, connect_args=arguments)
+        arguments = _LIBPQ if url.get_dialect().driver in ("psycopg", "psycopg2") else {}
+        given = {name: value for name, value in arguments.items() if name not in url.query}
+        return create_engine(url, pool_pre_ping=True, connect_args=given)
     except ModuleNotFoundError as error:
         raise ValueError(
             f"{without_password(url)!r} needs a driver that is not installed: {error}. For PostgreSQL "

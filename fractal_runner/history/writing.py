@@ -309,9 +309,9 @@ class RunWriter:
             raise
 
     def _write_units(self, connection: Connection) -> None:
-        if self._superseded:
-            connection.execute(_SUPERSEDE, [self._where(key) for key in self._superseded])
         _UNITS.execute(connection, list(self._changed.values()))
+        if self._superseded:  # afterwards: the attempts before are often among these very rows
+            connection.execute(_SUPERSEDE, [self._where(key) for key in self._superseded])
 
     def _where(self, key: UnitKey) -> dict[str, Any]:
         return {

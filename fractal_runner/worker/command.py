@@ -33,7 +33,15 @@ from fractal_runner.worker.spec import (
 )
 from fractal_runner.worker.stop import POLL_S, StopRequest
 
-__all__ = ["EVIDENCE_DIR", "LOG_TAIL_CHARS", "MARK_VARIABLE", "log_tail", "read_output", "run_unit", "runs_here"]
+__all__ = [
+    "EVIDENCE_DIR",
+    "LOG_TAIL_CHARS",
+    "MARK_VARIABLE",
+    "log_tail",
+    "read_output",
+    "run_unit",
+    "runs_here",
+]
 
 LOG_TAIL_CHARS = 20_000
 MARK_VARIABLE = "FRACTAL_RUNNER_UNIT"

@@ -157,9 +157,12 @@ class OpenRun:
             return choice
         directory = self._wanted.directory
         if found is not None:
-            choice = choice or found.history_in(directory)
+            given, choice = choice, choice or found.history_in(directory)
             file = sqlite_file(choice)
+            # Opening one that is not there would make it.
             if file is not None and (not file.exists() or file.stat().st_size == 0):
+                if given is not None:
+                    raise self._does_not_know(str(file), found.run_id)
                 raise HistoryError(
                     f"{directory / RUN_FILE} tells of a run, but its history {file} is "
                     f"{'empty' if file.exists() else 'gone'}: put it back, or go on in a new directory from "
@@ -182,10 +185,7 @@ class OpenRun:
         wanted = self._wanted
         run = self.reader.run(self.run_id)
         if run is None:
-            raise HistoryError(
-                f"The history {history.name} does not know the run {self.run_id} of {wanted.directory}: "
-                "give the history that it was begun with."
-            )
+            raise self._does_not_know(history.name, self.run_id)
         rows = {row.position: row for row in self.reader.tasks(self.run_id)}
         done = [position for position in sorted(rows) if rows[position].state == State.DONE]
         self._expect_same(run, rows, done)
@@ -206,6 +206,12 @@ class OpenRun:
         types = plan.filters_after(task, plan.filters_for(task, json.loads(last.type_filters)))
         images = ImageList(self._images_after(last.position))
         self.progress = Progress(following, images, types, interrupted)
+
+    def _does_not_know(self, history: str, run_id: str) -> HistoryError:
+        return HistoryError(
+            f"The history {history} does not know the run {run_id} of {self._wanted.directory}: "
+            "give the history that it was begun with."
+        )
 
     def _expect_same(self, run: Row[Any], rows: Mapping[int, Row[Any]], done: Sequence[int]) -> None:
         """Whether what is wanted agrees with what is done.

@@ -104,7 +104,9 @@ class TaskPast:
     def beyond(self, stage: str, count: int) -> list[tuple[int, UnitPast]]:
         """The units of a stage that has no more than `count` of them now, by their indices."""
         return [
-            (index, unit) for (of_stage, index), unit in self._units.items() if of_stage == stage and index >= count
+            (index, unit)
+            for (of_stage, index), unit in self._units.items()
+            if of_stage == stage and index >= count
         ]
 
     @property

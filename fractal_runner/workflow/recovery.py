@@ -174,12 +174,17 @@ class Recovery:
         discard: Callable[[Future[UnitResult]], None],
     ) -> None:
         """End the calls of units that are no more, wherever they still wait or run."""
-        for stage, first in gone.items():
-            for index, past in self._past.beyond(stage, first):
-                for attempt in past.open():
-                    future = attach(f"{self._keys}{file_prefix(stage, index, attempt.number)}")
-                    if future is not None:
-                        discard(future)
+        asked = (
+            attach(f"{self._keys}{file_prefix(stage, index, attempt.number)}")
+            for stage, first in gone.items()
+            for index, past in self._past.beyond(stage, first)
+            for attempt in past.open()
+        )
+        futures = [future for future in asked if future is not None]
+        for future in futures:
+            future.cancel()  # those that wait first: else they start in the place of those that are ended
+        for future in futures:
+            discard(future)
 
     def _attached(
         self,
@@ -192,9 +197,11 @@ class Recovery:
         adopted = {}
         for unit in units:
             past = self._past.of(place.stage.name, unit.index)
+            numbers = [attempt.number for attempt in past.open()]
             # Even what was never recorded may have been submitted: as the attempt after the last one.
-            numbers = [attempt.number for attempt in past.open()] or [past.last + 1]
-            for number in numbers:
+            if not numbers or place.stage.resources.retries:
+                numbers.append(past.last + 1)
+            for number in reversed(numbers):
                 attempt = replace(unit, attempt=number)
                 key = self._key(place, attempt)
                 future = attach(key)
@@ -203,8 +210,8 @@ class Recovery:
                 known = past.attempts.get(number)
                 if self._same_work and (known is None or known.digest in ("", unit.digest)):
                     adopted[key] = Adopted(attempt, future)
-                else:
-                    discard(future)
+                    break  # those before it had ended when it was made
+                discard(future)
         return adopted
 
     def _key(self, place: Place, unit: Unit) -> str:

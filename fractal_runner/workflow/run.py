@@ -189,8 +189,7 @@ class Run:
             raise
         except BaseException as error:
             message = str(error) or type(error).__name__
-            reason = getattr(error, "reason", None)
-            state = State.CANCELLED if reason == CANCELLED and self._was_told_to_stop() else State.FAILED
+            state = self._state_after(error)
             raise
         finally:
             if state is not State.DONE:
@@ -386,8 +385,7 @@ class Run:
         if not failures and (outcome.stopped or (self._drain.is_set() and not whole)):
             failures.append(self._ended_early(task, f"{outcome.done} of {outcome.count} units are done"))
         if failures:
-            ended = State.CANCELLED if self._was_told_to_stop() else State.FAILED
-            self._end_task(ended, states, error=str(failures[0]))
+            self._end_task(self._state_after(failures[0]), states, error=str(failures[0]))
         else:
             recorded = self._record_done(turn, states, merged)
         seconds = time.monotonic() - turn.began
@@ -514,13 +512,18 @@ class Run:
             self._stage = None
             self._left_running |= stage.left_running
 
-    def _was_told_to_stop(self) -> bool:
-        return self._cancelled.is_set() or self._drain.is_set() or self._conditions.stop.asked()
+    def _state_after(self, error: BaseException) -> State:
+        """What becomes of a run, or a task, that ends in this error: whether the run was ended or failed."""
+        stop = self._cancelled.is_set() or self._drain.is_set() or self._conditions.stop.asked()
+        is_cancelled = stop and getattr(error, "reason", None) == CANCELLED
+        return State.CANCELLED if is_cancelled else State.FAILED
 
     def _ended_early(self, task: WorkflowTask, how_far: str) -> JobExecutionError:
         """The error of a run that was asked to start no more, or to end."""
         if self._drain.is_set():
             why = "the run was asked to start no more units"
+        elif self._conditions.stop.fenced():
+            why = "another coordinator has taken over the run"
         else:
             why = f"the run was stopped by the file {self._local / SHUTDOWN_FILE}"
         return JobExecutionError(f"{title(task)}: {why}; {how_far}.", reason=CANCELLED)

@@ -240,11 +240,14 @@ class StageRun:
         patience = run.grace_s + (0.0 if in_thread else END_MARGIN_S)
         give_up_at = float("inf")
         next_look = 0.0
-        draining = False
+        draining = taken_back = False
         for batch in dispatch.batches(self._journal.due_in):
             with collector_paused():  # once for all of them: what they bring is there to stay
                 for ended in batch:
                     self._take_in(ended, dispatch)
+            if self._no_more and not taken_back:
+                taken_back = True
+                self._take_back(dispatch)
             if self._journal.due_in() <= 0 or run.is_inline:
                 self._flush()
             if run.drain.is_set() and not self.outcome.stopped and not draining:
@@ -288,8 +291,7 @@ class StageRun:
         self._journal.failed(self._place, unit, failure, judged.result)
         if again is None:
             self._judged.append(judged)
-            if self._run.stop_at_failure:
-                self._take_back(dispatch)
+            self._no_more |= self._run.stop_at_failure
             return
         self._retried[unit.index] = judged
         dispatch.again(again)
@@ -425,7 +427,7 @@ class StageRun:
             self._news.append(UnitRunning(order, stage, index, url, attempt, *where))
 
     def _ask_to_stop(self) -> None:
-        if isinstance(self._problem, OwnershipLostError):
+        if isinstance(self._problem, OwnershipLostError) or self._run.stop.fenced():
             return  # the file would stop the new owner's units; ours have met its fence
         try:
             ask_to_stop(self._run.run_id, str(self._run.local))

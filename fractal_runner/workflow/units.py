@@ -195,7 +195,9 @@ class Place:
 def file_prefix(stage: str, index: int, attempt: int) -> str:
     """What the names of an attempt's files begin with, and its key ends with."""
     again = f"-try{attempt}" if attempt > 1 else ""
-    return f"{stage}{again}" if stage == "non_par" else f"{stage}-{index // BATCH_SIZE:06d}-{index:07d}{again}"
+    return (
+        f"{stage}{again}" if stage == "non_par" else f"{stage}-{index // BATCH_SIZE:06d}-{index:07d}{again}"
+    )
 
 
 def keys_of(run_id: str, order: int) -> str:

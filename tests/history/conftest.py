@@ -78,6 +78,9 @@ def failing_disk(tmp_path: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
     )
     trigger = Path("/sys/fs/ext4", Path(source.stdout.strip()).name, "trigger_fs_error")
 
+    if not trigger.exists():
+        pytest.skip(f"this kernel's ext4 cannot be told that it is damaged: there is no {trigger}")
+
     def fail() -> None:
         trigger.write_text("a test wants it\n")
 
@@ -86,9 +89,7 @@ def failing_disk(tmp_path: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
 
 
 def _mount(*arguments: str) -> None:
-    answer = subprocess.run(
-        ["mount", *arguments], capture_output=True, text=True, timeout=30, check=False
-    )
+    answer = subprocess.run(["mount", *arguments], capture_output=True, text=True, timeout=30, check=False)
     if answer.returncode != 0:
         pytest.skip(f"needs the right to mount a file system: {answer.stderr.strip()}")
 

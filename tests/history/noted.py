@@ -32,23 +32,18 @@ from fractal_runner.workflow.units import unit_of_key
 DEADLINE_S = 60.0
 TASKS = ("first", "second")
 # A unit: notes that it is executed, waits while it is held, and adds its task's name to its image's types.
-_UNIT = f"""
-import json, os, sys, time
-args = json.load(open(sys.argv[sys.argv.index("--args-json") + 1]))
-url, place = args["zarr_url"], args["place"]
-unit = sys.argv[1] + " " + url.rpartition("/")[2]
-def note(name):
-    fd = os.open(place + "/" + name, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    os.write(fd, unit.encode() + b"\\n")
-    os.close(fd)
-note("started")
-deadline = time.monotonic() + {DEADLINE_S}
-while os.path.exists(place + "/hold " + unit) and time.monotonic() < deadline:
-    time.sleep(0.01)
-update = {{"zarr_url": url, "types": {{sys.argv[1]: True}}}}
-with open(sys.argv[sys.argv.index("--out-json") + 1], "w") as file:
-    json.dump({{"image_list_updates": [update]}}, file)
-note("ended")
+# A shell starts ten times as fast as an interpreter.
+_UNIT = r"""
+set -eu
+task=$1 place=$2 args=$4 out=$6
+read -r line <"$args" || true
+url=${line#*\"zarr_url\":}; url=${url#*\"}; url=${url%%\"*}
+unit="$task ${url##*/}"
+echo "$unit" >>"$place/started"
+turns=0
+while [ -e "$place/hold $unit" ] && [ $turns -lt 3000 ]; do sleep 0.02; turns=$((turns + 1)); done
+echo "{\"image_list_updates\": [{\"zarr_url\": \"$url\", \"types\": {\"$task\": true}}]}" >"$out"
+echo "$unit" >>"$place/ended"
 """
 
 
@@ -63,7 +58,7 @@ class NotedRun:
 
     def __init__(self, place: Path, units: int = 12, directory: Path | None = None) -> None:
         place.mkdir(parents=True, exist_ok=True)
-        (place / "unit.py").write_text(_UNIT)
+        (place / "unit.sh").write_text(_UNIT)
         (place / "units").write_text(str(units))
         self.place = place
         self.units = units
@@ -73,13 +68,17 @@ class NotedRun:
     @property
     def workflow(self) -> Workflow:
         """Its tasks, the first of which gives its images the type "first", and so on."""
-        script = shlex.join([sys.executable, "-I", "-S", str(self.place / "unit.py")])
         return Workflow(
             name="noted",
             task_list=[
                 WorkflowTask(
-                    task=Task(name=name, command_parallel=f"{script} {name}", output_types={name: True}),
-                    args_parallel={"place": str(self.place)},
+                    task=Task(
+                        name=name,
+                        command_parallel=shlex.join(
+                            ["/bin/sh", str(self.place / "unit.sh"), name, str(self.place)]
+                        ),
+                        output_types={name: True},
+                    )
                 )
                 for name in TASKS
             ],
@@ -180,7 +179,7 @@ class NotedRun:
     def _is_unit(self, process: psutil.Process) -> bool:
         try:
             command = process.cmdline()
-            return str(self.place / "unit.py") in command and MARK_VARIABLE in process.environ()
+            return str(self.place / "unit.sh") in command and MARK_VARIABLE in process.environ()
         except psutil.Error:
             return False
 

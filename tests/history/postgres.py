@@ -72,7 +72,8 @@ class Server:
 
     def remove(self) -> None:
         """Stop it for good."""
-        self.stop()
+        if (self._data / "postmaster.pid").exists():
+            self.stop()
         shutil.rmtree(self._place)
 
     def database(self) -> Database:

@@ -7,6 +7,7 @@ gone the run must go on without doing again what is known to be done.
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import pwd
@@ -15,6 +16,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from typing import Any
 import pytest
 
 from fractal_runner import History, HistoryError, JobExecutionError, TaskExecutionError, UnitFinished
+from fractal_runner.worker.evidence import Ledger
 from tests.history.noted import TASKS, NotedRun, sql, until
 
 _LOCK_FOR_3_S = """
@@ -67,7 +71,7 @@ async def test_a_history_on_a_full_disk_ends_the_run_which_goes_on_once_there_is
     assert f"The run cannot go on: The history {path} cannot be written: the disk is full" in str(error)
     assert (error.task_name, error.type_filters) == ("second", {"first": True})
     assert len(error.dataset.images) == run.units
-    with pytest.raises((HistoryError, JobExecutionError), match=f"{path} cannot be written: the disk is full"):
+    with pytest.raises((HistoryError, JobExecutionError), match=f"{path} cannot be written: the disk is"):
         await run.go(resume=True, history=path)
     run.expect_nothing_left()
 
@@ -91,7 +95,7 @@ async def test_a_run_directory_on_a_full_disk_ends_the_run_which_goes_on_once_th
     assert re.search("No space left on device|the disk is full", said)
     assert str(run.directory) in said
     started = run.started()
-    with pytest.raises((HistoryError, JobExecutionError), match="No space left on|disk is full") as caught:
+    with pytest.raises((HistoryError, JobExecutionError), match=r"No space left on|disk is full") as caught:
         await run.go(resume=True, history=history)
     assert str(run.directory) in str(caught.value)
     run.expect_nothing_left()
@@ -101,6 +105,38 @@ async def test_a_run_directory_on_a_full_disk_ends_the_run_which_goes_on_once_th
     await run.finish(run.recorded(history) | run.evidenced(), history)
 
 
+async def test_a_unit_whose_end_found_no_space_anywhere_is_run_again(
+    tmp_path: Path, disk: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = disk("1m")
+    path = small.place / "history.sqlite"
+    run = NotedRun(tmp_path)
+    append = Ledger.append
+    is_full = threading.Event()
+
+    def append_while_there_is_space(self: Ledger, record: dict[str, Any]) -> None:
+        if is_full.is_set():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.path)
+        append(self, record)
+
+    def fill() -> None:
+        small.fill()
+        is_full.set()
+
+    monkeypatch.setattr(Ledger, "append", append_while_there_is_space)
+    await fail_in_mid_run(run, fill, history=path)
+    assert run.ended()["second", run.units - 1] == 1
+    assert ("second", run.units - 1) not in run.evidenced() | run.recorded(path)
+    small.free()
+    is_full.clear()
+    began = time.monotonic()
+
+    await run.finish(run.recorded(path) | run.evidenced(), path)
+
+    assert run.ended()["second", run.units - 1] == 2
+    assert time.monotonic() - began < 5, "that it runs no more is known here"
+
+
 async def test_a_disk_that_is_full_from_the_beginning_leaves_nothing_in_the_way(
     tmp_path: Path, disk: Any
 ) -> None:
@@ -108,7 +144,7 @@ async def test_a_disk_that_is_full_from_the_beginning_leaves_nothing_in_the_way(
     run = NotedRun(tmp_path, directory=small.place / "run")
     small.fill()
 
-    with pytest.raises((HistoryError, JobExecutionError), match="No space left on|disk is full") as caught:
+    with pytest.raises((HistoryError, JobExecutionError), match=r"No space left on|disk is full") as caught:
         await run.go()
 
     assert str(run.directory) in str(caught.value)
@@ -258,24 +294,23 @@ async def test_a_damaged_history_is_refused_and_nothing_is_run(
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.9])
-def test_a_write_ahead_log_that_was_cut_never_makes_a_wrong_state(
-    tmp_path: Path, share: float
-) -> None:
+def test_a_write_ahead_log_that_was_cut_never_makes_a_wrong_state(tmp_path: Path, share: float) -> None:
     run = NotedRun(tmp_path, units=8)
     run.start_and_kill("second", 5)
     log = run.directory / "history.sqlite-wal"
     backup = log.read_bytes()
     known = {("first", n) for n in range(8)}
     assert known <= run.evidenced()
-    log.write_bytes(backup)  # reading may have put it into the database
+    log.write_bytes(backup)
     cut(log, int(share * len(backup)))
+    started = run.started()
 
     try:
         asyncio.run(run.finish(known))
-    except HistoryError as error:
-        # Also the tables, or the run itself, were only in there.
-        assert str(run.directory / "history.sqlite") in str(error)
-        assert share < 0.5
+    except HistoryError as error:  # the run itself was in what is lost
+        assert f"{run.directory}/history.sqlite does not know the run {run.run_id}" in str(error)
+        assert run.started() == started
+        run.expect_nothing_left()
 
 
 @pytest.mark.parametrize("content", ["", '{"run_id": ', '"x"', '{"run_id": 3, "history": null}'])
@@ -326,6 +361,17 @@ async def test_the_history_of_another_directorys_run_is_refused(
     assert run.started() == started
     other.check(dataset)
     await run.finish(known)
+
+
+async def test_a_history_that_is_not_there_is_not_made_for_a_run_that_began_with_another(
+    tmp_path: Path, interrupted: NotedRun
+) -> None:
+    path = tmp_path / "mistyped.sqlite"
+
+    with pytest.raises(HistoryError, match=f"The history {path} does not know the run {interrupted.run_id}"):
+        await interrupted.go(resume=True, history=path)
+
+    assert not path.exists()
 
 
 async def test_a_history_that_is_locked_for_a_while_is_waited_for(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from fractal_runner import History, JobExecutionError, RunBusyError
 from fractal_runner.history import schema
 from fractal_runner.history.writing import OwnershipLostError, RunWriter
 from fractal_runner.worker.processes import host_name
+from fractal_runner.worker.stop import raise_fence
 from tests.history.noted import NotedRun, until
 
 
@@ -37,22 +38,23 @@ def ask(url: str, statement: Any, **values: Any) -> list[Any]:
 
 def everything(url: str) -> dict[str, list[Any]]:
     """All rows of all tables."""
-    return {
-        table.name: sorted(map(repr, ask(url, select(table)))) for table in schema.metadata.sorted_tables
-    }
+    return {table.name: sorted(map(repr, ask(url, select(table)))) for table in schema.metadata.sorted_tables}
 
 
 async def test_an_owner_that_has_lost_the_run_stops_and_writes_nothing_more(tmp_path: Path, url: str) -> None:
     run = NotedRun(tmp_path / "run", units=6)
-    held = run.hold("second", 3)
+    held, also_held = run.hold("second", 3), run.hold("second", 5)
     call = asyncio.ensure_future(run.go(history=url))
-    await until(lambda: run.ended()["second", 2] > 0 and len(run.recorded(url)) >= 8)
+    await until(lambda: run.started()["second", 5] > 0 and len(run.recorded(url)) == 10)
     with History(url) as history:
         successor = history.writer(run.run_id)
         successor.take_over()
         successor.close()
+    raise_fence(str(run.directory), successor.epoch, [])
     before = everything(url)
-    files = {name: (run.directory / name).read_bytes() for name in ("dataset.json", "filters.json", "run.json")}
+    files = {
+        name: (run.directory / name).read_bytes() for name in ("dataset.json", "filters.json", "run.json")
+    }
     held.unlink()
 
     with pytest.raises(JobExecutionError) as caught:
@@ -63,6 +65,7 @@ async def test_an_owner_that_has_lost_the_run_stops_and_writes_nothing_more(tmp_
     assert not (run.directory / "shutdown").exists(), "it would stop the new owner's units"
     assert {name: (run.directory / name).read_bytes() for name in files} == files
     run.expect_nothing_left()
+    also_held.unlink()
     await run.finish(run.recorded(url) | run.evidenced(), url)
 
 
@@ -71,7 +74,7 @@ async def test_an_owner_whose_run_was_removed_from_the_history_stops(tmp_path: P
     held = run.hold("first", 3)
     call = asyncio.ensure_future(run.go(history=url))
     await until(lambda: run.started()["first", 3] > 0)
-    for table in ("units", "tasks", "owners", "runs"):
+    for table in ("owners", "units", "tasks", "runs"):  # in this order nothing is written in between
         ask(url, f"DELETE FROM fractal_runner_{table}")
     held.unlink()
 
@@ -103,7 +106,9 @@ async def test_an_owner_on_another_host_that_shows_signs_of_life_keeps_the_run(
     ask(url, "UPDATE fractal_runner_owners SET heartbeat = :now", now=time.time() - 20)
     before, started = everything(url), run.started()
 
-    with pytest.raises(RunBusyError, match="belongs to process 4711 on far-away, which was heard of 2") as busy:
+    with pytest.raises(
+        RunBusyError, match=r"belongs to process 4711 on far-away, which was heard of 2\d s ago"
+    ) as busy:
         await run.go(resume=True, history=url)
 
     assert (busy.value.host, busy.value.pid) == ("far-away", 4711)
@@ -113,7 +118,9 @@ async def test_an_owner_on_another_host_that_shows_signs_of_life_keeps_the_run(
     run.expect_nothing_left()
 
 
-async def test_an_owner_on_another_host_that_has_long_been_silent_is_replaced(tmp_path: Path, url: str) -> None:
+async def test_an_owner_on_another_host_that_has_long_been_silent_is_replaced(
+    tmp_path: Path, url: str
+) -> None:
     run = NotedRun(tmp_path / "run", units=6)
     await interrupt(run, url)
     ask(url, "UPDATE fractal_runner_owners SET heartbeat = :then", then=time.time() - 61)

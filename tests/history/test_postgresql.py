@@ -6,7 +6,6 @@ import asyncio
 import itertools
 import json
 import logging
-import subprocess
 import sys
 import time
 import traceback
@@ -61,14 +60,17 @@ async def test_a_run_that_is_killed_is_resumed_there(
     await interrupt(run, history=database.url)  # from here on run.json says where it is
     monkeypatch.setenv("PGPASSWORD", PASSWORD)
     held = run.hold("second", 3)
-    process = subprocess.Popen([sys.executable, str(Path(__file__).with_name("noted.py")), str(tmp_path)])
+    program = Path(__file__).with_name("noted.py")
+    process = await asyncio.create_subprocess_exec(sys.executable, str(program), str(tmp_path))
     await until(lambda: run.started()["second", 3] > 1)
     process.kill()
-    process.wait(60)
+    await asyncio.wait_for(process.wait(), 60)
     held.unlink()
 
-    await run.finish(run.recorded(database.url) | run.evidenced())
+    known, before = run.recorded(database.url) | run.evidenced(), run.started()
+    run.check(await run.go(resume=True), database.url)
 
+    assert {unit for unit in known if run.started()[unit] != before[unit]} == set()
     assert rows_of(database, "runs", "state, resumed") == [("done", 2)]
 
 
@@ -87,7 +89,9 @@ async def test_several_runs_at_once_share_a_database(
 ) -> None:
     runs = [NotedRun(tmp_path / str(n), units=10) for n in range(4)]
     with History(database.url) as history:
-        datasets = await asyncio.gather(*(run.go(history=history if shared else database.url) for run in runs))
+        datasets = await asyncio.gather(
+            *(run.go(history=history if shared else database.url) for run in runs)
+        )
 
         assert len({row.id for row in history.read.runs()}) == 4
     for run, dataset in zip(runs, datasets, strict=True):
@@ -102,7 +106,9 @@ async def test_a_run_waits_for_a_database_that_has_gone_away_while_its_units_go_
     run = NotedRun(tmp_path, units=40)
     held = run.hold("first", 5)
     call = asyncio.ensure_future(run.go(history=database.url))
-    await until(lambda: len(run.recorded(database.url) if run.directory.joinpath("run.json").exists() else ()) > 1)
+    await until(
+        lambda: len(run.recorded(database.url) if run.directory.joinpath("run.json").exists() else ()) > 1
+    )
 
     await asyncio.to_thread(own_server.stop)
     back_at = time.monotonic() + OUTAGE_S
@@ -148,7 +154,8 @@ async def test_a_transaction_whose_answer_was_lost_is_not_done_twice(
         database.ask("CREATE TABLE done (what TEXT)")
         database.ask(
             "CREATE FUNCTION note() RETURNS trigger SECURITY DEFINER AS $$ BEGIN "
-            "INSERT INTO public.done VALUES (TG_OP || ' ' || TG_TABLE_NAME); RETURN NEW; END $$ LANGUAGE plpgsql"
+            "INSERT INTO public.done VALUES (TG_OP || ' ' || TG_TABLE_NAME); RETURN NEW; END $$ "
+            "LANGUAGE plpgsql"
         )
         for table in ("runs", "tasks"):
             database.ask(
@@ -187,6 +194,8 @@ def lose_every_answer_once(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]
     def commit_and_lose(self: psycopg.Connection[Any]) -> None:
         nonlocal losses, answered
         commit(self)
+        if self.info.user == "admin":
+            return
         answered = not answered
         if not answered:
             losses += 1
@@ -257,15 +266,18 @@ async def test_the_password_is_nowhere_to_be_read(
     problems: list[BaseException] = []
     run = NotedRun(tmp_path, units=6)
     await interrupt(run, history=database.url)
-    for url in (database.url.replace("127.0.0.1", "127.0.0.1:x"), database.url.replace("+psycopg", "+nothing")):
+    for url in (
+        database.url.replace("127.0.0.1", "127.0.0.1:x"),
+        database.url.replace("+psycopg", "+nothing"),
+    ):
         with pytest.raises(ValueError, match="is not the URL of a database") as refused:
             await run.go(resume=True, history=url)
         problems.append(refused.value)
     with History(in_query, patience_s=0.1) as history:
         assert history.name == history.url == database.shown
-        held = run.hold("second", 5)
+        held = run.hold("second", 3)
         call = asyncio.ensure_future(run.go(resume=True, history=history))
-        await until(lambda: run.started()["second", 5] > 0)
+        await until(lambda: run.started()["second", 3] > 1)
         await asyncio.to_thread(own_server.stop)
         held.unlink()
         with pytest.raises(JobExecutionError) as failed:
@@ -306,7 +318,9 @@ async def test_a_role_without_rights_is_refused_before_anything_runs(
     run = NotedRun(tmp_path, units=2)
     shown = database.shown.replace(f"//{database.name}@", f"//{stranger}@")
 
-    with pytest.raises(HistoryError, match="cannot be written: permission denied for schema public") as caught:
+    with pytest.raises(
+        HistoryError, match="cannot be written: permission denied for schema public"
+    ) as caught:
         await run.go(history=url)
     assert shown in str(caught.value)
     with pytest.raises(HistoryError, match="holds no history: it has no table 'fractal_runner_history'"):
@@ -319,7 +333,9 @@ async def test_a_role_without_rights_is_refused_before_anything_runs(
         database.ask(f'GRANT SELECT ON {table.name} TO "{stranger}"')
     with History(url, read_only=True) as history:
         assert history.read.runs() == []
-    with pytest.raises(HistoryError, match="cannot be written: permission denied for table fractal_runner_ru"):
+    with pytest.raises(
+        HistoryError, match="cannot be written: permission denied for table fractal_runner_ru"
+    ):
         await run.go(history=url)
 
     assert not run.started()
@@ -343,5 +359,5 @@ async def test_an_older_and_a_newer_history_are_met_as_in_a_file(
         assert rows_of(database, "history") == [(2,)]
         assert rows_of(database, "units", "colour") == []
 
-    with pytest.raises(HistoryError, match=f"{database.shown} is a history of version 2, and this .* up to 1"):
+    with pytest.raises(HistoryError, match=f"{database.name} is a history of version 2, and this .* up to 1"):
         History(database.url)

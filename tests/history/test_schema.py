@@ -158,7 +158,8 @@ def test_a_reader_does_not_bring_an_older_history_up_to_date_but_says_what_does(
         History(path, read_only=True)
 
     assert str(caught.value) == (
-        f"{path} is a history of version 1; it becomes one of version 2 when a run in it is resumed, or begun."
+        f"{path} is a history of version 1; it becomes one of version 2 when a run in it "
+        "is resumed, or begun."
     )
     assert version_of(path) == 1
 
@@ -187,7 +188,9 @@ async def test_a_run_in_a_newer_history_does_not_begin(tmp_path: Path) -> None:
     set_version(path, 99)
     run = NotedRun(tmp_path / "place")
 
-    with pytest.raises(HistoryError, match=f"{path} is a history of version 99, and .* up to 1: use the newer"):
+    with pytest.raises(
+        HistoryError, match=f"{path} is a history of version 99, and .* up to 1: use the newer"
+    ):
         await run.go(history=path)
 
     assert not run.started()
@@ -211,7 +214,9 @@ async def test_a_run_whose_history_is_newer_by_now_is_not_resumed_and_left_as_it
     before = contents(run.directory)
     started = run.started()
 
-    with pytest.raises(HistoryError, match=f"{path} is a history of version 99, and .* up to 1: use the newer"):
+    with pytest.raises(
+        HistoryError, match=f"{path} is a history of version 99, and .* up to 1: use the newer"
+    ):
         await run.go(resume=True)
 
     assert contents(run.directory) == before
@@ -266,7 +271,9 @@ def test_a_history_whose_version_is_missing_is_called_damaged(tmp_path: Path) ->
     sql(path, "DELETE FROM fractal_runner_history")
 
     for read_only in (True, False):
-        with pytest.raises(HistoryError, match=f"{path} is damaged: its table 'fractal_runner_history' is em"):
+        with pytest.raises(
+            HistoryError, match=f"{path} is damaged: its table 'fractal_runner_history' is em"
+        ):
             History(path, read_only=read_only)
 
 

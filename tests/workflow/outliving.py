@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import pickle
@@ -16,7 +15,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +61,9 @@ class Outliving(Executor):
         key = str(call.key)
         self.asked.append(("submit", key))
         folder = self._folder(key)
+        ticket = len(list(self.place.iterdir()))
         folder.mkdir()
+        (folder / "ticket").write_text(str(ticket))
         (folder / "call").write_bytes(cloudpickle.dumps((call.fn, call.args, call.kwargs)))
         process = subprocess.Popen(
             [sys.executable, __file__, str(folder), str(self.max_workers)],
@@ -83,7 +84,9 @@ class Outliving(Executor):
         return self.place / hashlib.sha256(key.encode()).hexdigest()[:16]
 
     def _watch(self, call: Call, key: str) -> None:
-        threading.Thread(target=self._follow, args=(call, call.future, self._folder(key)), daemon=True).start()
+        threading.Thread(
+            target=self._follow, args=(call, call.future, self._folder(key)), daemon=True
+        ).start()
 
     def _follow(self, call: Call, future: Future[Any], folder: Path) -> None:
         while not future.done():
@@ -100,27 +103,26 @@ class Outliving(Executor):
     def _end(folder: Path) -> None:
         with suppress(ProcessLookupError):
             os.killpg(int((folder / "pid").read_text()), signal.SIGKILL)
+        (folder / "ended").touch()
 
 
 def main() -> None:
     folder, places = Path(sys.argv[1]), int(sys.argv[2])
-    with ExitStack() as stack:
-        files = [stack.enter_context((folder.parent / f"turn{number}").open("w")) for number in range(places)]
-        _take_one(files)
-        (folder / "started").touch()
-        fn, args, kwargs = pickle.loads((folder / "call").read_bytes())
-        result = cloudpickle.dumps(fn(*args, **kwargs))
-        (folder / ".result").write_bytes(result)
-        (folder / ".result").rename(folder / "result")
-
-
-def _take_one(files: Sequence[Any]) -> None:
-    while True:
-        for file in files:
-            with suppress(BlockingIOError):
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
+    fn, args, kwargs = pickle.loads((folder / "call").read_bytes())
+    while _in_front(folder) >= places:
         time.sleep(0.01)
+    (folder / "started").touch()
+    result = cloudpickle.dumps(fn(*args, **kwargs))
+    (folder / ".result").write_bytes(result)
+    (folder / ".result").rename(folder / "result")
+    (folder / "ended").touch()
+
+
+def _in_front(folder: Path) -> int:
+    """How many calls that were submitted before this one have not ended."""
+    own = int((folder / "ticket").read_text())
+    tickets = folder.parent.glob("*/ticket")
+    return sum(int(t.read_text() or own) < own and not t.with_name("ended").exists() for t in tickets)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,8 +23,10 @@ from fractal_runner import (
     TaskProgress,
     TaskStarted,
     UnitFinished,
+    UnitRetried,
     UnitRunning,
     UnitSubmitted,
+    WorkflowTask,
     process_workflow,
 )
 
@@ -199,3 +203,119 @@ async def test_no_thread_of_a_run_is_left_behind(run: Any, parallel: Any) -> Non
     for thread in started:
         await asyncio.to_thread(thread.join, 10) if thread.name == "run" else None
     assert not [thread for thread in started if thread.is_alive() and not thread.name.startswith("asyncio")]
+
+
+def told(events: list[Event]) -> list[tuple[Any, ...]]:
+    """Events in short, without those that depend on how fast things go."""
+    short: list[tuple[Any, ...]] = []
+    for event in events:
+        if isinstance(event, UnitFinished):
+            short.append(("finished", event.stage, event.index, event.attempt, event.succeeded))
+        elif isinstance(event, UnitRetried):
+            short.append(("retried", event.stage, event.index, event.attempt))
+        elif isinstance(event, UnitSubmitted):
+            short.append(("submitted", event.stage, event.index, event.attempt))
+        elif isinstance(event, (TaskStarted, TaskFinished)):
+            short.append((type(event).__name__, event.order))
+        elif isinstance(event, (RunStarted, RunFinished)):
+            short.append((type(event).__name__,))
+    return short
+
+
+async def test_the_events_of_a_compound_task_and_of_a_unit_that_is_tried_again(
+    run: Any, script: Any, images: Any
+) -> None:
+    init = script("write({'parallelization_list': [{'zarr_url': url} for url in args['zarr_urls']]})")
+    compute = script("sys.exit(number == 1 and 'try2' not in out)")
+    task = WorkflowTask(
+        task=Task(name="C", type="compound", command_non_parallel=init, command_parallel=compute),
+        meta_parallel={"retries": 1, "retry_on": "any"},
+    )
+    events: list[Event] = []
+
+    await run(task, dataset=images(2), executor="serial", on_event=events.append)
+
+    assert told(events) == [
+        ("RunStarted",),
+        ("TaskStarted", 0),
+        ("submitted", "non_par", 0, 1),
+        ("finished", "non_par", 0, 1, True),
+        ("submitted", "par", 0, 1),
+        ("finished", "par", 0, 1, True),
+        ("submitted", "par", 1, 1),
+        ("retried", "par", 1, 1),
+        ("submitted", "par", 1, 2),
+        ("finished", "par", 1, 2, True),
+        ("TaskFinished", 0),
+        ("RunFinished",),
+    ]
+    retried = next(event for event in events if isinstance(event, UnitRetried))
+    assert (retried.order, retried.zarr_url) == (0, "/z/1")
+    assert "exit code 1" in retried.message
+    progress = [event for event in events if isinstance(event, TaskProgress)]
+    assert {event.stage for event in progress} == {"non_par", "par"}
+    assert (progress[-1].units, progress[-1].done, progress[-1].failed) == (2, 2, 0)
+
+
+async def test_a_resumed_run_tells_only_what_is_new(run: Any, images: Any, tmp_path: Path) -> None:
+    def fail_at_first(*, zarr_url: str) -> None:
+        if zarr_url == "/z/1" and not (tmp_path / "may").exists():
+            raise ValueError("it fails")
+
+    tasks = [Task(name=name, function_parallel=fail_at_first) for name in "AB"]
+    first: list[Event] = []
+    second: list[Event] = []
+    with pytest.raises(TaskExecutionError):
+        await run(*tasks, dataset=images(3), executor="serial", on_event=first.append)
+    (tmp_path / "may").touch()
+
+    await run(*tasks, dataset=images(3), executor="serial", on_event=second.append, resume=True)
+
+    assert told(second) == [
+        ("RunStarted",),
+        ("TaskStarted", 0),
+        ("submitted", "par", 1, 2),
+        ("finished", "par", 1, 2, True),
+        ("TaskFinished", 0),
+        ("TaskStarted", 1),
+        *[
+            (what, "par", n, 1, *ok)
+            for n in range(3)
+            for what, ok in (("submitted", ()), ("finished", (True,)))
+        ],
+        ("TaskFinished", 1),
+        ("RunFinished",),
+    ]
+    begins = [event for event in (*first, *second) if isinstance(event, RunStarted)]
+    assert [event.resumed for event in begins] == [False, True]
+    assert len({event.run_id for event in begins}) == 1
+    assert begins[0].directory == str(tmp_path / "run")
+    ends = [event for event in (*first, *second) if isinstance(event, RunFinished)]
+    assert [event.state for event in ends] == ["failed", "done"]
+    assert "Task 0 ('A')" in ends[0].message
+    assert ends[1].message == ""
+
+
+async def test_the_last_event_of_a_cancelled_run_says_so(
+    run: Any, parallel: Any, script: Any, until: Any
+) -> None:
+    events: list[Event] = []
+    call = asyncio.ensure_future(
+        run(parallel(script("time.sleep(1000)")), on_event=events.append, grace_s=0.2)
+    )
+    await until(lambda: any(isinstance(event, UnitSubmitted) for event in events))
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+
+    await until(lambda: any(isinstance(event, RunFinished) for event in events))
+    assert isinstance(events[-1], RunFinished)
+    assert events[-1].state == "cancelled"
+
+
+async def test_events_are_frozen_and_equal_by_what_they_say() -> None:
+    event = UnitSubmitted(order=0, stage="par", index=1, zarr_url="/z/1", attempt=1)
+
+    assert event == UnitSubmitted(0, "par", 1, "/z/1", 1)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        event.index = 2  # type: ignore[misc]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -215,9 +216,6 @@ async def test_a_unit_that_fails_again_is_all_that_runs_the_next_time(
 async def test_each_attempt_has_files_of_its_own(
     run: Any, fails: Any, parallel: Any, script: Any, tmp_path: Path
 ) -> None:
-    task = parallel(
-        script("print('attempt', len(os.listdir(os.path.dirname(out)))); sys.exit(not args['may'].exists())")
-    )
     body = f"print('said'); sys.exit(not os.path.exists({str(tmp_path)!r} + '/may'))"
     task = parallel(script(body))
     await fails(task)
@@ -275,7 +273,7 @@ async def test_dataset_and_filters_are_restored_from_the_record(
 
 
 async def test_without_resume_a_directory_that_holds_a_run_is_refused_and_not_touched(
-    work: Work, run: Any, fails: Any, images: Any, tmp_path: Path, query: Any
+    *, work: Work, run: Any, fails: Any, images: Any, tmp_path: Path, query: Any
 ) -> None:
     work.failing = {("A", 0)}
     await fails(work.task("A"))
@@ -339,7 +337,7 @@ async def test_a_history_that_is_gone_is_missed(work: Work, run: Any, tmp_path: 
     for path in (tmp_path / "run").glob("history.sqlite*"):
         path.unlink()
 
-    with pytest.raises(RuntimeError, match="tells of a run, but its history .* is gone: put it back"):
+    with pytest.raises(RuntimeError, match=r"tells of a run, but its history .* is gone: put it back"):
         await run(work.task("A"), resume=True)
 
     assert not (tmp_path / "run" / "history.sqlite").exists()
@@ -363,8 +361,6 @@ async def test_a_run_in_a_shared_history_is_found_there_by_its_directory(
 async def test_a_directory_that_was_removed_and_made_anew_holds_no_run(
     work: Work, run: Any, images: Any, tmp_path: Path
 ) -> None:
-    import shutil
-
     shared = tmp_path / "all.sqlite"
     await run(work.task("A"), history=shared)
     shutil.rmtree(tmp_path / "run")
@@ -380,9 +376,7 @@ async def test_another_history_than_the_one_it_began_with_is_refused(
 ) -> None:
     await run(work.task("A"))
 
-    with pytest.raises(
-        RuntimeError, match="does not know the run .*: give the history that it was begun wit"
-    ):
+    with pytest.raises(RuntimeError, match=r"does not know the run .*: give the history that it was"):
         await run(work.task("A"), history=tmp_path / "other.sqlite", resume=True)
 
 
@@ -391,7 +385,7 @@ async def test_another_history_than_the_one_it_began_with_is_refused(
 
 @pytest.mark.parametrize("after", [("serial", {}), ("process", {"max_workers": 3}), ThreadExecutor])
 async def test_the_executor_and_the_number_of_workers_may_change(
-    run: Any, fails: Any, parallel: Any, script: Any, images: Any, tmp_path: Path, after: Any
+    *, run: Any, fails: Any, parallel: Any, script: Any, images: Any, tmp_path: Path, after: Any
 ) -> None:
     body = f"sys.exit(number == 1 and not os.path.exists({str(tmp_path)!r} + '/may'))"
     task = parallel(script(body), output_types={"t": True})
@@ -474,7 +468,7 @@ async def test_an_interrupted_task_with_other_arguments_runs_all_its_units_again
 
 
 async def test_an_interrupted_task_with_another_command_runs_all_its_units_again(
-    run: Any, fails: Any, parallel: Any, script: Any, images: Any, tmp_path: Path
+    *, run: Any, fails: Any, parallel: Any, script: Any, images: Any, tmp_path: Path
 ) -> None:
     first = script("sys.exit(number == 1)")
     second = script(f"open({str(tmp_path)!r} + f'/again{{number}}', 'w')")
@@ -538,7 +532,7 @@ async def test_fewer_units_than_before_leave_no_unit_open_or_counted(
 DIFFERENCES = [
     pytest.param(
         lambda given: given["tasks"].__setitem__(0, given["work"].task("A", args_parallel={"x": 2})),
-        r"Task 0 \('A'\) is done, and its args_parallel.x was 1 and is 2; give what it was begun with, or take",
+        r"Task 0 \('A'\) is done, and its args_parallel.x was 1 and is 2; give what it was begun with",
         id="arguments of a finished task",
     ),
     pytest.param(
@@ -720,7 +714,7 @@ async def test_an_init_unit_that_failed_runs_again_alone(
 
 
 async def test_a_cancelled_run_goes_on(
-    work: Work, run: Any, parallel: Any, script: Any, images: Any, tmp_path: Path, until: Any
+    *, work: Work, run: Any, parallel: Any, script: Any, images: Any, tmp_path: Path, until: Any
 ) -> None:
     place = str(tmp_path)
     body = f"""
@@ -765,7 +759,7 @@ async def test_a_drained_run_goes_on_with_what_had_not_started(work: Work, run: 
 
 
 async def test_a_workflow_that_is_read_anew_from_its_file_is_the_same(
-    run: Any, fails: Any, parallel: Any, script: Any, images: Any, tmp_path: Path
+    *, run: Any, fails: Any, parallel: Any, script: Any, images: Any, tmp_path: Path
 ) -> None:
     body = f"sys.exit(not os.path.exists({str(tmp_path)!r} + '/may'))"
     workflow = Workflow(name="w", task_list=[parallel("true"), parallel(script(body), name="Second")])

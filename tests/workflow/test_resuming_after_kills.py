@@ -196,9 +196,7 @@ async def test_a_function_whose_worker_outlives_its_coordinator_does_not_overlap
             note("alive")
         note("end")
 
-    task = WorkflowTask(
-        task=Task(name="F", function_parallel=work), args_parallel={"notes": str(notes)}
-    )
+    task = WorkflowTask(task=Task(name="F", function_parallel=work), args_parallel={"notes": str(notes)})
     given = {"dataset": images(2), "executor": (executor, {"max_workers": 2})}
     await killed(task, started=[0, 1], ended=[0], **given)
     pid = next(line[1] for line in lines(notes, "start") if line[0] == 1)
@@ -206,7 +204,9 @@ async def test_a_function_whose_worker_outlives_its_coordinator_does_not_overlap
 
     await run(task, **given, resume=True, grace_s=0.2)
 
-    spans = [[at for n, which, _, at in lines(notes) if n == 1 and (which == pid) is own] for own in (True, False)]
+    spans = [
+        [at for n, which, _, at in lines(notes) if n == 1 and (which == pid) is own] for own in (True, False)
+    ]
     assert not spans[1] or max(spans[0]) < min(spans[1])
     assert numbers(notes, "end").count(0) == 1
 
@@ -240,7 +240,9 @@ async def test_a_task_that_must_not_be_repeated_blindly_stops_the_resume_until_s
     (notes / "may").touch()
 
     for _ in range(2):  # it does not forget
-        with pytest.raises(JobExecutionError, match=r"rerunnable: false.*par-000000-0000001.*rerun_unknown") as e:
+        with pytest.raises(
+            JobExecutionError, match=r"rerunnable: false.*par-000000-0000001.*rerun_unknown"
+        ) as e:
             await run(task, dataset=images(3), resume=True, grace_s=0.2)
         assert e.value.reason == "UNKNOWN_OUTCOME"
         assert e.value.workflow_task_order == 0
@@ -366,7 +368,7 @@ note("end")
 
 
 @pytest.fixture
-def elsewhere(run: Any, noting: Any, images: Any, notes: Path, tmp_path: Path, query: Any) -> Any:
+def elsewhere(*, run: Any, noting: Any, images: Any, notes: Path, tmp_path: Path, query: Any) -> Any:
     """A run that was interrupted while its unit 1 ran on a host that is not this one; its task."""
 
     async def make(*records: dict[str, Any], **more: Any) -> WorkflowTask:
@@ -390,7 +392,9 @@ def elsewhere(run: Any, noting: Any, images: Any, notes: Path, tmp_path: Path, q
             {"kind": "start", "key": key, "time": time.time(), "digest": digest},
             *({**record, "key": key} for record in records),
         ]
-        frames = b"".join(evidence.frame(json.dumps(record, separators=(",", ":")).encode()) for record in written)
+        frames = b"".join(
+            evidence.frame(json.dumps(record, separators=(",", ":")).encode()) for record in written
+        )
         (place / "elsewhere-bbbbbbbb-4321-1-4321.log").write_bytes(frames)
         (notes / "may").touch()
         return task
@@ -422,7 +426,14 @@ async def test_units_that_have_ended_on_another_host_stop_nothing(
     run: Any, images: Any, elsewhere: Any
 ) -> None:
     output = {"json": json.dumps({"image_list_updates": [{"zarr_url": "/z/1", "attributes": {"n": 5}}]})}
-    result = {"returncode": 0, "host": "elsewhere", "pid": 4321, "started": 1.0, "ended": 2.0, "output": output}
+    result = {
+        "returncode": 0,
+        "host": "elsewhere",
+        "pid": 4321,
+        "started": 1.0,
+        "ended": 2.0,
+        "output": output,
+    }
     task = await elsewhere({"kind": "end", "result": result})
 
     after = await run(task, dataset=images(2), resume=True)
@@ -502,9 +513,7 @@ async def test_an_init_unit_whose_end_only_its_worker_recorded_does_not_run_agai
 # What a kill leaves, and arguments that go to and fro.
 
 
-async def test_a_success_with_other_arguments_since_counts_no_more(
-    run: Any, images: Any, query: Any
-) -> None:
+async def test_a_success_with_other_arguments_since_counts_no_more(run: Any, images: Any, query: Any) -> None:
     ran: list[int] = []
     fails = {1}
 
