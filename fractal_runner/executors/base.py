@@ -18,6 +18,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
 from concurrent.futures import Future
+from dataclasses import replace
 from types import MappingProxyType, TracebackType
 from typing import Any, Self, TypeVar
 
@@ -380,7 +381,8 @@ class View(Executor):
 
     def fitting(self, **options: Any) -> tuple[Executor, list[str]]:
         view, reduced = self._executor.fitting(**options)
-        return View(self._executor, view._options), reduced
+        fitted = {name: getattr(view._options, name) for name in options}
+        return View(self._executor, replace(self._options, **fitted)), reduced
 
     def tasks(self) -> list[TaskInfo]:
         return self._executor.tasks()

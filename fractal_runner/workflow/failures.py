@@ -6,6 +6,8 @@ a message that tells which task, which unit, what happened, and the last lines o
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping, Sequence
 from concurrent.futures import BrokenExecutor, CancelledError
 from typing import Any
 
@@ -14,6 +16,7 @@ from fractal_runner.worker.command import LOG_TAIL_CHARS
 from fractal_runner.worker.processes import signal_name
 from fractal_runner.worker.spec import CANCELLED, LAUNCH_FAILED, TIMEOUT, UnitResult
 from fractal_runner.workflow.dispatch import Ended
+from fractal_runner.workflow.models import Dataset, WorkflowTask
 from fractal_runner.workflow.units import Place, Unit, title
 
 UnitError = TaskExecutionError | JobExecutionError
@@ -129,3 +132,27 @@ class Explain:
             "unit_index": unit.index,
             "zarr_url": unit.zarr_url,
         }
+
+
+def about_task(task: WorkflowTask, error: UnitError) -> UnitError:
+    """`error`, which befell the task as a whole, with its attributes."""
+    error.workflow_task_id = task.id
+    error.workflow_task_order = task.order
+    error.task_name = task.task.name
+    return error
+
+
+def error_of_task(
+    task: WorkflowTask,
+    error: UnitError,
+    dataset: Dataset,
+    types: Mapping[str, bool],
+    failures: Sequence[UnitError] = (),
+) -> UnitError:
+    """A copy of `error` as the task's, with what a new run needs to go on from there."""
+    # It lists the failures, itself among them, and should not hold itself.
+    raised = about_task(task, copy.copy(error))
+    raised.failures = tuple(failures)
+    raised.dataset = dataset
+    raised.type_filters = dict(types)
+    return raised

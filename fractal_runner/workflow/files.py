@@ -16,8 +16,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fractal_runner.errors import InputFileError
+from fractal_runner.errors import InputFileError, JobExecutionError
 from fractal_runner.worker.jsontext import encoder
+from fractal_runner.workflow.identity import unpacked_text
 from fractal_runner.workflow.manifest import TaskLookupError, TaskPackage, find_packages, find_task
 from fractal_runner.workflow.models import Dataset, Image, Task, Workflow, describe
 from fractal_runner.workflow.outputs import collector_paused
@@ -106,6 +107,37 @@ def write_dataset(path: Path, dataset: Dataset) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a small JSON file, in whole or not at all."""
     write_file(path, iter([json.dumps(value, indent=2) + "\n"]))
+
+
+def write_state(
+    directory: Path,
+    dataset: Dataset,
+    type_filters: Mapping[str, bool],
+    attribute_filters: Mapping[str, Any],
+    text: bytes | None = None,
+) -> None:
+    """Write where a run is: enough to go on from here in another directory.
+
+    Args:
+        directory: the run's.
+        dataset: the dataset as it is now.
+        type_filters: in force.
+        attribute_filters: in force.
+        text: the dataset as it was recorded, if it was.
+
+    Raises:
+        JobExecutionError: if it cannot be written.
+    """
+    filters = {"type_filters": dict(type_filters), "attribute_filters": dict(attribute_filters)}
+    try:
+        write_file(directory / DATASET_FILE, dataset_text(dataset) if text is None else unpacked_text(text))
+        write_json(directory / FILTERS_FILE, filters)
+    except OSError as error:
+        raise JobExecutionError(
+            f"The run cannot go on: {error.filename} cannot be written: {error.strerror}.",
+            dataset=dataset,
+            type_filters=type_filters,
+        ) from error
 
 
 def write_file(path: Path, parts: Iterator[str]) -> None:

@@ -68,6 +68,14 @@ class RunPlan:
     job_id: int | str | None
     user_id: int | str | None
 
+    def filters_at(self, index: int) -> dict[str, Any]:
+        """The attribute filters of the range's task at `index`: to select by status is the first one's."""
+        return {
+            name: values
+            for name, values in self.attribute_filters.items()
+            if index == 0 or name != plan.STATUS_FILTER
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class Progress:

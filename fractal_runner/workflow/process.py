@@ -25,8 +25,9 @@ from fractal_runner.workflow import plan
 from fractal_runner.workflow.events import Event
 from fractal_runner.workflow.models import Dataset, Workflow
 from fractal_runner.workflow.opening import HistoryChoice, RunPlan
-from fractal_runner.workflow.run import Run, RunCancelledError, RunOptions
+from fractal_runner.workflow.run import Run, RunOptions
 from fractal_runner.workflow.stage import END_MARGIN_S
+from fractal_runner.workflow.turn import RunCancelledError
 
 USER_CACHE_VARIABLE = "FRACTAL_CACHE_DIR"
 

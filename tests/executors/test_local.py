@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 from fractal_runner.errors import ExecutorError, JobExecutionError
+from fractal_runner.executors.base import View
 from fractal_runner.executors.calls import current_context
 from fractal_runner.executors.cpus import THREAD_VARIABLES
 from fractal_runner.executors.local import executors
@@ -712,3 +713,12 @@ def test_a_log_handler_that_raises_fails_no_call(
     finally:
         logging.getLogger("raising").removeHandler(handler)
     assert "'hello', is lost: OSError('the disk is full')" in caplog.text
+
+
+def test_a_view_keeps_its_own_options_when_others_are_fitted() -> None:
+    with ThreadExecutor(2) as executor:
+        view, reduced = executor.options(queue="gpu", timeout="5s").fitting(cpus=1)
+
+        assert isinstance(view, View)
+        assert (view._options.queue, view._options.timeout, view._options.cpus) == ("gpu", 5, 1)
+    assert reduced == []

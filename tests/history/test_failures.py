@@ -310,7 +310,6 @@ def test_a_write_ahead_log_that_was_cut_never_makes_a_wrong_state(tmp_path: Path
     except HistoryError as error:  # the run itself was in what is lost
         assert f"{run.directory}/history.sqlite does not know the run {run.run_id}" in str(error)
         assert run.started() == started
-        run.expect_nothing_left()
 
 
 @pytest.mark.parametrize("content", ["", '{"run_id": ', '"x"', '{"run_id": 3, "history": null}'])
