@@ -35,7 +35,7 @@ PATIENCE_S = 120.0
 _PAUSES_S = (0.1, 0.2, 0.5, 1.0)
 _BUSY_S = 10.0
 _VALUES = " VALUES "
-_PASSWORD = re.compile(r"(://[^/@:]*:).*(?=@)|(\bpassword=)[^&]*")  # in what need not be a URL
+_PASSWORD = re.compile(r"(://[^/@:]*:).*(?=@)|((?:ssl)?password=)[^&]*")  # in what need not be a URL
 # A host that is gone without a word is noticed in half a minute, not in the kernel's two hours
 # (postgresql.org, "libpq: parameter key words").
 _LIBPQ = {
@@ -45,10 +45,10 @@ _LIBPQ = {
     "keepalives_count": 3,
     "tcp_user_timeout": 30_000,
 }
-_SECRETS = ("password", "sslpassword")  # libpq takes its parameters from a URL's query, too
+_SECRETS = ("password", "sslpassword", "odbc_connect")  # libpq takes its parameters from a URL's query, too
 _ROWS_AT_A_TIME = (256, 32, 4, 1)  # times a unit's columns: within SQLite's 32,766 parameters
 # The pool's own is what waiters get when all connections are busy with a database that has gone away.
-_TROUBLE = (DBAPIError, sqlite3.Error, PoolTimeoutError)
+_TROUBLE = (DBAPIError, sqlite3.Error, PoolTimeoutError, UnicodeError)
 _logger = logging.getLogger("fractal_runner")
 # Where a write-ahead log does not work for readers on other hosts (sqlite.org/wal.html, "overview").
 _SHARED_FILE_SYSTEMS = frozenset(

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Row, Update, bindparam, delete, insert, select, update
+from sqlalchemy import ColumnElement, Connection, Row, Update, bindparam, delete, insert, select, update
 
 from fractal_runner.errors import HistoryError, RunBusyError
 from fractal_runner.history.database import Database, Upsert
@@ -160,6 +160,10 @@ class RunWriter:
         def work(connection: Connection) -> None:
             connection.execute(delete(tasks).where(here))
             connection.execute(insert(tasks).values(**row))
+            # Those of images that it has not any more, if it begins again: they come to nothing.
+            connection.execute(
+                delete(image_statuses).where(*self._own_statuses(dataset_key, task["task_key"]))
+            )
             _STATUSES.execute(connection, submitted)
 
         self._write(work)
@@ -192,7 +196,7 @@ class RunWriter:
         rows = [
             self._status(*keys, url, _STATUS[is_done]) for url, is_done in images.items() if is_done != most
         ]
-        columns = {"state": state, "ended": self._clock(), "dataset": dataset, "error": error}
+        columns = {"state": state, "ended": self._clock(), "dataset": dataset, "error": storable(error)}
 
         def work(connection: Connection) -> None:
             self._write_units(connection)
@@ -205,7 +209,7 @@ class RunWriter:
 
     def end_run(self, state: State, error: str | None = None) -> None:
         """Record how the run has ended."""
-        columns = {"state": state, "ended": self._clock(), "error": error}
+        columns = {"state": state, "ended": self._clock(), "error": storable(error)}
         self._write(lambda connection: self._update_run(connection, columns))
 
     def submitted(
@@ -217,7 +221,7 @@ class RunWriter:
         row["position"], row["stage"], row["number"], row["attempt"] = key
         row["is_last"] = True
         row["state"] = State.SUBMITTED.value
-        row["zarr_url"] = zarr_url
+        row["zarr_url"] = storable(zarr_url)
         row["digest"] = digest
         row["log"] = log
         row["submitted"] = self._clock() if when is None else when
@@ -237,6 +241,8 @@ class RunWriter:
         """A unit that was submitted has ended: how, and all that is known of it."""
         row = self._changed[key] = self._open.pop(key)
         row.update(columns)
+        row["message"] = storable(row["message"])
+        row["reason"] = storable(row["reason"])
         row["state"] = state.value
         self._gather()
 
@@ -324,21 +330,22 @@ class RunWriter:
 
     def _all_statuses(self, dataset_key: str, task_key: str, status: State) -> Update:
         """Sets the statuses of all images that this run's task was given."""
+        here = self._own_statuses(dataset_key, task_key)
+        return update(image_statuses).where(*here).values(status=status.value)
+
+    def _own_statuses(self, dataset_key: str, task_key: str) -> tuple[ColumnElement[bool], ...]:
+        """Where the statuses are that this run has set for one of its tasks."""
         return (
-            update(image_statuses)
-            .where(
-                image_statuses.c.dataset_key == dataset_key,
-                image_statuses.c.task_key == task_key,
-                image_statuses.c.run_id == self.run_id,
-            )
-            .values(status=status.value)
+            image_statuses.c.dataset_key == dataset_key,
+            image_statuses.c.task_key == task_key,
+            image_statuses.c.run_id == self.run_id,
         )
 
-    def _status(self, dataset_key: str, task_key: str, zarr_url: str, status: str) -> dict[str, str]:
+    def _status(self, dataset_key: str, task_key: str, zarr_url: str, status: str) -> dict[str, str | None]:
         return {
             "dataset_key": dataset_key,
             "task_key": task_key,
-            "zarr_url": zarr_url,
+            "zarr_url": storable(zarr_url),
             "status": str(status),
             "run_id": self.run_id,
         }
@@ -379,9 +386,16 @@ class RunWriter:
                     ),
                     patience_s=0,
                 )
-            except HistoryError as error:
+            except Exception as error:  # whatever it is, the owner lives
                 # The coordinator meets the same when it next writes, and decides what that means.
                 _logger.debug("no sign of life of run %s could be left: %s", self.run_id, error)
+
+
+def storable(text: str | None) -> str | None:
+    """Text as every database takes it: what is no character (file names may have such), and NUL, escaped."""
+    if text is None or (text.isascii() and "\0" not in text):
+        return text
+    return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
 
 
 def _owner_of(run_id: str) -> Any:

@@ -390,15 +390,16 @@ class _Start:
         self.process: Process | None = None
 
     def trace(self, ledger: str, end: dict[str, Any] | None = None, run_dir: str = "") -> Trace:
+        digest = self._record.get("digest", "")
         return Trace(
             self._key,
-            self._record.get("digest", ""),
+            digest,
             self._record["time"],
             *self._who,
             ledger,
             self.process,
             end is not None and _is_end(end),
-            None if end is None else _result(self._key, end, run_dir),
+            None if end is None else _result(self._key, digest, end, run_dir),
         )
 
 
@@ -410,7 +411,7 @@ def _worker(record: Mapping[str, Any]) -> tuple[Identity, Identity]:
     return who, Identity(host, boot_id, pid, ticks)
 
 
-def _result(key: str, record: dict[str, Any], run_dir: str) -> UnitResult | None:
+def _result(key: str, digest: str, record: dict[str, Any], run_dir: str) -> UnitResult | None:
     """What an end record says; None if it says that there is output which is no longer there."""
     output = None
     said = record.pop("output", None)
@@ -425,4 +426,4 @@ def _result(key: str, record: dict[str, Any], run_dir: str) -> UnitResult | None
                 *(key, error or f"{path} is not there, or is not what the unit wrote"),
             )
             return None
-    return UnitResult(key=key, output=output, **record)
+    return UnitResult(key=key, digest=digest, output=output, **record)

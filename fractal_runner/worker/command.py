@@ -51,7 +51,7 @@ _BRIEF_S = 0.01
 _FIRST_SAMPLE_S = 0.05
 _LEFTOVER_GRACE_S = 2.0
 _KILL_WAIT_S = 10.0
-_RECORDED = tuple(field.name for field in fields(UnitResult) if field.name not in ("key", "output"))
+_RECORDED = tuple(field.name for field in fields(UnitResult) if field.name not in ("key", "digest", "output"))
 _local = threading.local()
 _running: set[str] = set()  # keys of the units that run in this process
 _encode = encoder(allow_nan=False)
@@ -189,6 +189,7 @@ def _run_command(
         peak = max(peak, processes.peak_rss_of(child.usage.ru_maxrss, parent_peak))
     result = UnitResult(
         key=spec.key,
+        digest=spec.digest,
         returncode=code,
         signal=processes.signal_name(-code) if code is not None and code < 0 else None,
         reason=reason,
@@ -295,6 +296,7 @@ def _not_started(spec: UnitSpec, reason: str, message: str) -> UnitResult:
     now = time.time()
     return UnitResult(
         key=spec.key,
+        digest=spec.digest,
         reason=reason,
         message=message,
         host=processes.host_name(),
@@ -319,6 +321,7 @@ def _not_executed(spec: UnitSpec, word: str, error: OSError, started: float) -> 
         why = os.strerror(error.errno)
     return UnitResult(
         key=spec.key,
+        digest=spec.digest,
         returncode=_EXEC_CODES[error.errno],
         message=f"{word!r} cannot be executed: {why}.",
         host=processes.host_name(),

@@ -107,6 +107,7 @@ def _call(spec: UnitSpec) -> UnitResult:
         code, tail = 1, _traceback_of(error)
     return UnitResult(
         key=spec.key,
+        digest=spec.digest,
         returncode=code,
         signal=processes.signal_name(-code) if code < 0 else None,
         output=output,
@@ -132,6 +133,7 @@ def _call_with_deadline(spec: UnitSpec, timeout_s: float) -> UnitResult:
         return results[0]
     return UnitResult(
         key=spec.key,
+        digest=spec.digest,
         reason=TIMEOUT,
         message=(
             f"It ran longer than its timeout of {timeout_s:g} s. A function in a thread cannot be ended: "
@@ -156,6 +158,7 @@ def _call_guarded(spec: UnitSpec, stop: StopRequest) -> UnitResult:
         _watchdog.release(guard)  # the exception may have come while it was being released
         return UnitResult(
             key=spec.key,
+            digest=spec.digest,
             returncode=-signal.SIGTERM,
             signal="SIGTERM",
             reason=guard.reason,

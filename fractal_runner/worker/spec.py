@@ -80,6 +80,7 @@ class UnitResult:
 
     Attributes:
         key: the key of its spec.
+        digest: that of its spec: what this is the result of.
         returncode: as subprocess reports it: negative for a signal; None if nothing was started or its
             end was not seen.
         signal: the signal's name for a negative returncode.
@@ -98,6 +99,7 @@ class UnitResult:
     """
 
     key: str
+    digest: str = ""
     returncode: int | None = None
     signal: str | None = None
     reason: str | None = None

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from fractal_runner.errors import HistoryError
 from fractal_runner.worker.jsontext import encoder
 from fractal_runner.workflow.models import Dataset, WorkflowTask
 
@@ -100,8 +101,15 @@ def packed(parts: Iterable[str]) -> bytes:
 
 
 def unpacked(data: bytes) -> Any:
-    """The value that `packed` was given the text of."""
-    return json.loads(zlib.decompress(data))
+    """The value that `packed` was given the text of.
+
+    Raises:
+        HistoryError: if it is damaged.
+    """
+    try:
+        return json.loads(zlib.decompress(data))
+    except (zlib.error, ValueError) as error:
+        raise HistoryError(f"What is recorded of a dataset is damaged: {error}.") from error
 
 
 def unpacked_text(data: bytes) -> Iterator[str]:

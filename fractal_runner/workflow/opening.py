@@ -12,7 +12,7 @@ import os
 import platform
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -141,12 +141,18 @@ class OpenRun:
             self.run_id = uuid.uuid4().hex if found is None else found.run_id
             self.writer: RunWriter = opened.writer(self.run_id, give_up=give_up)
             stack.callback(self.writer.close)
-            if found is None:
-                self.writer.begin(_row_of(wanted, self.dataset))
-            else:
-                self._go_on(opened)
-            own = opened.name == str(directory / FILE_NAME)
-            _write_run_file(directory, RunFile(self.run_id, None if own else opened.url))
+            try:
+                if found is None:
+                    self.writer.begin(_row_of(wanted, self.dataset))
+                else:
+                    self._go_on(opened)
+                own = opened.name == str(directory / FILE_NAME)
+                _write_run_file(directory, RunFile(self.run_id, None if own else opened.url))
+            except BaseException as error:
+                if self.writer.epoch:  # it is ours by now, and goes no further
+                    with suppress(HistoryError):
+                        self.writer.end_run(State.FAILED, str(error) or type(error).__name__)
+                raise
             self._stack = stack.pop_all()
 
     def __enter__(self) -> Self:
@@ -203,7 +209,10 @@ class OpenRun:
             last_task=wanted.positions[-1],
             executor=_executor_json(wanted),
         )
-        (wanted.directory / SHUTDOWN_FILE).unlink(missing_ok=True)
+        try:
+            (wanted.directory / SHUTDOWN_FILE).unlink(missing_ok=True)
+        except OSError as error:
+            raise _unusable(wanted.directory, error) from error
         following = len(done)
         interrupted = next((rows[position] for position in sorted(rows) if position not in done), None)
         if not done:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from fractal_runner.errors import JobExecutionError
 from fractal_runner.worker.aftermath import Trace, end_leftovers, read_traces
 from fractal_runner.worker.command import EVIDENCE_DIR
+from fractal_runner.worker.evidence import CorruptEvidenceError
 from fractal_runner.worker.spec import UnitResult
 from fractal_runner.worker.stop import raise_fence
 from fractal_runner.workflow.dispatch import Ended
@@ -96,7 +98,8 @@ class Recovery:
     def _fence(self, spare: Collection[str]) -> None:
         """Keep all workers of earlier coordinators from going on, but for the units of these keys."""
         if not self._is_fenced:
-            raise_fence(self._run_dir, self._epoch, spare)
+            with _evidence_is_readable():
+                raise_fence(self._run_dir, self._epoch, spare)
             self._is_fenced = True
 
     def recover(
@@ -130,10 +133,8 @@ class Recovery:
         remaining = []
         for unit in units:
             known = self._past.of(place.stage.name, unit.index).recorded(unit.digest)
-            if known is None or not self._same_work:
+            if known is None or not self._same_work or not _is_taken(known, unit, outcome):
                 remaining.append(unit)
-            else:
-                outcome.succeed(unit, outcome.validated(json.loads(known.output) if known.output else None))
         gone = self._gone(place.stage.name, outcome.count)
         if not remaining and not gone:
             return [], [], []
@@ -199,8 +200,7 @@ class Recovery:
             past = self._past.of(place.stage.name, unit.index)
             numbers = [attempt.number for attempt in past.open()]
             # Even what was never recorded may have been submitted: as the attempt after the last one.
-            if not numbers or place.stage.resources.retries:
-                numbers.append(past.last + 1)
+            numbers.append(past.last + 1)
             for number in reversed(numbers):
                 attempt = replace(unit, attempt=number)
                 key = self._key(place, attempt)
@@ -208,7 +208,8 @@ class Recovery:
                 if future is None:
                     continue
                 known = past.attempts.get(number)
-                if self._same_work and (known is None or known.digest in ("", unit.digest)):
+                is_wanted = self._same_work and (known is None or known.digest in ("", unit.digest))
+                if is_wanted and not self._is_fenced:  # a fence that is up does not spare it
                     adopted[key] = Adopted(attempt, future)
                     break  # those before it had ended when it was made
                 discard(future)
@@ -225,7 +226,8 @@ class Recovery:
             What may still run.
         """
         evidence = f"{self._run_dir}/{EVIDENCE_DIR}"
-        self._past.hear(read_traces(evidence, self._keys))
+        with _evidence_is_readable():
+            self._past.hear(read_traces(evidence, self._keys))
         unknown = [
             attempt.trace
             for attempt in self._past.open_attempts()
@@ -240,7 +242,8 @@ class Recovery:
             patience_s=self._grace_s + _PATIENCE_S,
         )
         if unknown:
-            ended = read_traces(evidence, self._keys)
+            with _evidence_is_readable():
+                ended = read_traces(evidence, self._keys)
             # How they end now is our doing, unless they came to a good end all the same.
             self._past.hear(
                 {
@@ -337,6 +340,25 @@ class Recovery:
         else:
             journal.failed(place, made, judged.failure, judged.result)
         return judged
+
+
+def _is_taken(known: Attempt, unit: Unit, outcome: Outcome) -> bool:
+    """Take in a recorded success; one that is not valid any more, in a later version, is none."""
+    try:
+        output = outcome.validated(json.loads(known.output) if known.output else None)
+    except ValueError:
+        return False
+    outcome.succeed(unit, output)
+    return True
+
+
+@contextmanager
+def _evidence_is_readable() -> Iterator[None]:
+    """What goes wrong with the workers' records keeps the run from going on."""
+    try:
+        yield
+    except (OSError, CorruptEvidenceError) as error:
+        raise JobExecutionError(f"The run cannot go on: its workers' records: {error}.") from error
 
 
 def _places(traces: Sequence[Trace]) -> str:

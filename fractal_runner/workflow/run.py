@@ -32,7 +32,7 @@ from fractal_runner.workflow.past import TaskPast
 from fractal_runner.workflow.recovery import Recovery
 from fractal_runner.workflow.stage import Conditions, check_program
 from fractal_runner.workflow.turn import Beginning, RunCancelledError, Turn, state_after
-from fractal_runner.workflow.units import Stage, keys_of, stages_of, title
+from fractal_runner.workflow.units import Stage, keys_of, order_of, stages_of, title
 
 if TYPE_CHECKING:
     from fractal_runner.executors.registry import Executors
@@ -103,7 +103,7 @@ class Run:
         self._cancelled = threading.Event()
         self._turn: Turn | None = None
         self._left_running = False
-        # From `_open` on:
+        # From `execute` on:
         self._opened: OpenRun
         self._journal: Journal
         self._conditions: Conditions
@@ -233,12 +233,15 @@ class Run:
             same_work=same,
             rerun_unknown=self._options.rerun_unknown,
             run_id=opened.run_id,
-            keys=keys_of(opened.run_id, index if row is None else row.task_order),
+            keys=keys_of(opened.run_id, self._order_at(index) if row is None else row.task_order),
             epoch=opened.writer.epoch,
             run_dir=str(self._local),
             grace_s=self._options.grace_s,
             logger=self._logger,
         )
+
+    def _order_at(self, index: int) -> int:
+        return order_of(self._tasks[min(index, len(self._tasks) - 1)])
 
     def _leave_out_interrupted(self) -> None:
         """Record that a task which had begun is out of the range by now, if one is."""

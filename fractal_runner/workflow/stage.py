@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from fractal_runner.errors import HistoryError, JobExecutionError, TaskExecutionError
 from fractal_runner.history.writing import OwnershipLostError
-from fractal_runner.worker.command import run_unit
+from fractal_runner.worker import processes
+from fractal_runner.worker.command import MARK_VARIABLE, run_unit
 from fractal_runner.worker.processes import host_name
-from fractal_runner.worker.spec import UnitResult
+from fractal_runner.worker.spec import UNKILLABLE, UnitResult
 from fractal_runner.worker.stop import StopRequest, ask_to_stop
 from fractal_runner.workflow import plan
 from fractal_runner.workflow.dispatch import DEFAULT_WINDOW, LOCAL_WINDOW, Dispatch, Ended
@@ -34,7 +35,7 @@ from fractal_runner.workflow.events import (
     UnitSubmitted,
 )
 from fractal_runner.workflow.failures import Explain
-from fractal_runner.workflow.journal import NEVER_STARTED, Journal
+from fractal_runner.workflow.journal import NEVER_STARTED, UNKNOWN_OUTCOME, Journal
 from fractal_runner.workflow.outcome import Outcome, Validated
 from fractal_runner.workflow.outputs import collector_paused
 from fractal_runner.workflow.recovery import Adopted, Judged, Recovery
@@ -185,6 +186,9 @@ class StageRun:
         self._dispatch = dispatch
         try:
             self._drive(dispatch)
+        except BaseException:
+            self._abandon(dispatch)
+            raise
         finally:
             self._dispatch = None
         if self._problem is not None:
@@ -235,9 +239,6 @@ class StageRun:
     def _drive(self, dispatch: Dispatch) -> None:
         """Take in the units' ends until all have ended, or have been given up."""
         run = self._run
-        # A Python function in one of our own threads cannot be ended; all else can, given some time.
-        in_thread = self._stage.function is not None and run.executors.shares_process(self._executor_name)
-        patience = run.grace_s + (0.0 if in_thread else END_MARGIN_S)
         give_up_at = float("inf")
         next_look = 0.0
         draining = taken_back = False
@@ -266,7 +267,7 @@ class StageRun:
                 self.outcome.stopped = True
                 self._ask_to_stop()
                 self._take_back(dispatch)
-                give_up_at = now + patience
+                give_up_at = now + self._patience()
             if now >= give_up_at:
                 for unit in dispatch.abandon():
                     self.left_running = True
@@ -274,11 +275,28 @@ class StageRun:
         self._flush()
         self._show(0)
 
+    def _abandon(self, dispatch: Dispatch) -> None:
+        """Something went wrong here: end what is under way, and take note of nothing any more."""
+        self._ask_to_stop()
+        dispatch.submit_no_more()
+        give_up_at = time.monotonic() + self._patience()
+        for _ in dispatch.batches():
+            if time.monotonic() >= give_up_at and dispatch.abandon():
+                self.left_running = True
+
+    def _patience(self) -> float:
+        """Seconds for which units that were told to stop are waited for."""
+        # A Python function in one of our own threads cannot be ended; all else can, given some time.
+        shared = self._run.executors.shares_process(self._executor_name)
+        return self._run.grace_s + (0.0 if shared and self._stage.function is not None else END_MARGIN_S)
+
     def _must_stop(self) -> bool:
         return self._run.cancelled.is_set() or self._run.stop.asked() or self._problem is not None
 
     def _take_in(self, ended: Ended, dispatch: Dispatch) -> None:
         """Judge and note one unit's end. Whatever a run learns of its units comes through here."""
+        if self._is_of_other_work(ended, dispatch):
+            return
         judged = self._judge(ended)
         unit, failure = judged.unit, judged.failure
         self._retried.pop(unit.index, None)
@@ -287,7 +305,7 @@ class StageRun:
             self._journal.done(self._place, unit, judged.result)
             self._judged.append(judged)
             return
-        again = self._next_attempt(judged)
+        again = None if self._may_still_run(judged) else self._next_attempt(judged)
         self._journal.failed(self._place, unit, failure, judged.result)
         if again is None:
             self._judged.append(judged)
@@ -301,6 +319,26 @@ class StageRun:
             self._news.append(
                 UnitRetried(order, stage, unit.index, unit.zarr_url, unit.attempt, str(failure))
             )
+
+    def _is_of_other_work(self, ended: Ended, dispatch: Dispatch) -> bool:
+        """Whether a call that was taken on has done something else: then it counts for nothing."""
+        unit, result = ended.unit, ended.result
+        if result is None or result.digest in ("", unit.digest):
+            return False
+        message = "The call that an earlier coordinator had submitted did something else."
+        self._journal.given_up(self._place, unit, UNKNOWN_OUTCOME, message)
+        if not (self._no_more or self._must_stop()):
+            dispatch.again(replace(unit, attempt=unit.attempt + 1))
+        return True
+
+    def _may_still_run(self, judged: Judged) -> bool:
+        """Whether something of a unit that has failed may go on: what a dead worker left is ended first."""
+        if (result := judged.result) is not None:
+            return result.left_running or result.reason == UNKILLABLE
+        if self._stage.command is None or not self._run.executors.is_local(self._executor_name):
+            return False
+        mark = f"{MARK_VARIABLE}={self._place.spec(judged.unit).key}".encode()
+        return bool(processes.end_found(lambda: processes.bearers(mark), self._run.grace_s))
 
     def _judge(self, ended: Ended) -> Judged:
         failure = self._explain.failed(ended)

@@ -15,7 +15,6 @@ from typing import NoReturn
 from fractal_runner.errors import HistoryError, JobExecutionError, TaskExecutionError
 from fractal_runner.history.reading import UNSET
 from fractal_runner.history.schema import State
-from fractal_runner.worker.evidence import CorruptEvidenceError
 from fractal_runner.worker.spec import CANCELLED
 from fractal_runner.worker.stop import SHUTDOWN_FILE
 from fractal_runner.workflow import plan
@@ -104,7 +103,10 @@ class Turn:
         began = time.monotonic()
         task = self._task
         in_force = plan.filters_for(task, self._begins.types)
-        selected, named = self._select(in_force)
+        try:
+            selected, named = self._select(in_force)
+        except HistoryError as error:
+            self._fail(_cannot_go_on(error))
         count = None if task.task.is_converter else len(selected)
         self._urls = [image.zarr_url for image in selected]
         # Whatever ends the run from here on, it is this task that a new run has to begin with.
@@ -124,9 +126,9 @@ class Turn:
         except (TaskExecutionError, JobExecutionError) as error:
             self._record_end(State.FAILED, self._states_so_far(), error=str(error))
             self._fail(error)
-        except (OSError, CorruptEvidenceError) as error:  # of what the workers have recorded
-            self._record_end(State.FAILED, self._states_so_far(), error=str(error))
-            self._fail(_cannot_go_on(error))
+        except KeyboardInterrupt:  # of a run in its caller's thread
+            self._record_end(State.CANCELLED, self._states_so_far(), error="KeyboardInterrupt")
+            raise
         if self._run.cancelled.is_set():
             self._record_end(State.CANCELLED, outcome.image_states(self._urls))
         self._raise_if_cancelled()
@@ -313,7 +315,7 @@ def state_after(error: BaseException, run: Conditions) -> State:
     """What becomes of a run, or a task, that ends in this error: whether the run was ended or failed."""
     stop = run.cancelled.is_set() or run.drain.is_set() or run.stop.asked()
     is_cancelled = stop and getattr(error, "reason", None) == CANCELLED
-    return State.CANCELLED if is_cancelled else State.FAILED
+    return State.CANCELLED if is_cancelled or isinstance(error, KeyboardInterrupt) else State.FAILED
 
 
 def _cannot_go_on(error: Exception) -> JobExecutionError:

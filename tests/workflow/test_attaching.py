@@ -126,10 +126,12 @@ async def test_every_unit_that_is_not_done_is_asked_for_before_anything_is_submi
     await run(task(), dataset=images(COUNT), executor=executor, resume=True)
 
     asked = [key for what, key in executor.asked if what == "attach"]
-    assert asked == keys[1:]  # not for number 0, which is done
+    # Not for number 0, which is done; of the others also for an attempt that nobody has recorded.
+    assert [key for key in asked if not key.endswith("-try2")] == keys[1:]
+    assert [key for key in asked if key.endswith("-try2")] == [f"{key}-try2" for key in keys[1:3]]
     submitted = [key for what, key in executor.asked if what == "submit"]
     assert submitted == [f"{keys[2]}-try2", keys[3]]
-    assert executor.asked[:3] == [("attach", key) for key in keys[1:]]
+    assert {what for what, _ in executor.asked[: len(asked)]} == {"attach"}
     assert started(notes) == ["0:0", "1:0", "2:0", "2:0", "3:0"]
 
 

@@ -434,3 +434,21 @@ async def test_what_is_wrong_before_anything_runs_leaves_no_run(
         await run(parallel("/no/such/program"))
 
     assert not (tmp_path / "run" / "history.sqlite").exists()
+
+
+async def test_an_error_that_no_database_takes_as_it_is_can_be_recorded_and_resumed(
+    run: Any, images: Any, query: Any
+) -> None:
+    bad = True
+
+    def name_a_file(*, zarr_url: str) -> None:
+        if bad and zarr_url == "/z/1":
+            raise ValueError(os.fsdecode(b"no such file: a\xff") + " and a \0")
+
+    task = Task(name="F", function_parallel=name_a_file, output_types={"t": True})
+    with pytest.raises(TaskExecutionError, match="no such file"):
+        await run(task, dataset=images(2))
+    bad = False
+    after = await run(task, dataset=images(2), resume=True)
+
+    assert [image.types for image in after.images] == [{"t": True}] * 2

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor
@@ -26,7 +28,7 @@ from fractal_runner import (
     WorkflowTask,
 )
 from fractal_runner.executors.calls import Call
-from fractal_runner.worker.processes import host_name
+from fractal_runner.worker.processes import host_name, is_running
 
 TRY = """
 attempt = out.rpartition("try")[2].partition("-")[0] if "try" in out else "1"
@@ -519,3 +521,53 @@ async def test_attempts_that_an_executor_still_lists_after_their_end_do_no_harm(
 
     assert seen == [2]
     assert query("SELECT attempt, state FROM {units} ORDER BY attempt") == [(1, "failed"), (2, "done")]
+
+
+async def test_an_attempt_that_still_runs_where_it_cannot_be_ended_is_not_tried_again(
+    run: Any, images: Any, query: Any
+) -> None:
+    may_end = threading.Event()
+    calls = []
+
+    def stay(*, zarr_url: str) -> None:
+        calls.append(zarr_url)
+        may_end.wait(60)
+
+    task = WorkflowTask(
+        task=Task(name="F", function_parallel=stay), meta_parallel={"timeout": "0.2s", "retries": 3}
+    )
+    try:
+        with pytest.raises(JobExecutionError, match="left running"):
+            await run(task, dataset=images(1), executor="thread")
+    finally:
+        may_end.set()
+
+    assert calls == ["/z/0"]
+
+
+async def test_the_command_of_a_worker_that_died_is_ended_before_it_is_tried_again(
+    *, run: Any, parallel: Any, script: Any, images: Any, tmp_path: Path, until: Any
+) -> None:
+    body = f"""
+place = {str(tmp_path)!r}
+first = not os.path.exists(place + "/first")
+with open(place + ("/first" if first else "/second"), "w") as file:
+    file.write(str(os.getpid()))
+os.rename(file.name, file.name + "-noted") if first else None
+open(place + "/first", "w").close()
+if first:
+    with open(place + "/worker", "w") as file:
+        file.write(str(os.getppid()))
+    os.rename(file.name, place + "/worker-noted")
+    time.sleep(600)
+"""
+    task = parallel(script(body), meta_parallel={"retries": 1})
+    call = asyncio.ensure_future(run(task, dataset=images(1), executor="process", grace_s=0.3))
+    await until((tmp_path / "worker-noted").exists)
+    command = int((tmp_path / "first-noted").read_text())
+
+    os.kill(int((tmp_path / "worker-noted").read_text()), signal.SIGKILL)
+    await call
+
+    assert (tmp_path / "second").exists()
+    assert not is_running(command)
