@@ -209,10 +209,11 @@ def resume(
         last=last,
     )
     with open_run(directory, db) as found:
-        try:
-            request = request_of(found, changes, history=db, output=output, rerun_unknown=rerun_unknown)
-        except ValueError as error:
-            raise typer.BadParameter(str(error), param_hint="--executor") from None
+        request = request_of(found, changes, history=db, output=output, rerun_unknown=rerun_unknown)
+    try:
+        registry.check(request.executor, request.options)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--executor") from None
     raise typer.Exit(execute(request, Console(stderr=True)))
 
 

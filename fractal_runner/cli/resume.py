@@ -56,7 +56,6 @@ def request_of(
 
     Raises:
         HistoryError: if what is recorded does not do as input.
-        ValueError: if there is no such executor, or option.
     """
     run = found.reader.run(found.run_id)
     assert run is not None  # it was there when it was found
@@ -65,12 +64,11 @@ def request_of(
     if changes.executor is not None and changes.executor != name:
         name, options = changes.executor, {}
     options = {**options, **changes.options}
-    registry.check(name, options)
     last = run.last_task if changes.last is None else changes.last
     return RunRequest(
         workflow_file=None,
         workflow=workflow,
-        dataset=Dataset.model_validate(unpacked(run.dataset)),
+        dataset=_dataset_of(run.dataset, found),
         directory=found.directory,
         executor=name,
         options=options,
@@ -86,6 +84,15 @@ def request_of(
         job_id=run.job_id,
         user_id=run.user_id,
     )
+
+
+def _dataset_of(data: bytes, found: LocatedRun) -> Dataset:
+    try:
+        return Dataset.model_validate(unpacked(data))
+    except ValidationError as error:
+        raise HistoryError(
+            f"The dataset of {found.directory} cannot be taken from its history: {'; '.join(describe(error))}."
+        ) from None
 
 
 def _workflow_of(text: str, found: LocatedRun) -> Workflow:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ def spec(tmp_path: Path) -> Make:
 
     def make(script: str = "", function: Any = None, **more: Any) -> UnitSpec:
         values: dict[str, Any] = {
-            "key": "run/0/par-000000-0000000",
+            # Its processes are found by it, and tests run side by side.
+            "key": f"{uuid.uuid4().hex}/0/par-000000-0000000",
             "command": None if function else ("sh", "-c", script, "sh"),
             "function": FunctionRef(function, cloudpickle.dumps) if function else None,
             "args": {"zarr_url": "/z/1"},
