@@ -90,8 +90,9 @@ def _dataset_of(data: bytes, found: LocatedRun) -> Dataset:
     try:
         return Dataset.model_validate(unpacked(data))
     except ValidationError as error:
+        why = "; ".join(describe(error))
         raise HistoryError(
-            f"The dataset of {found.directory} cannot be taken from its history: {'; '.join(describe(error))}."
+            f"The dataset of {found.directory} cannot be taken from its history: {why}."
         ) from None
 
 
