@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from sqlalchemy import Row, case, func, select, tuple_
+from sqlalchemy import ColumnElement, Row, case, func, select, tuple_
 
 from fractal_runner.history.database import Database
 from fractal_runner.history.schema import State, image_statuses, owners, runs, tasks, units
@@ -118,17 +118,8 @@ class HistoryReader:
             last_only: of the attempts at a unit, only the last one.
             limit: how many at most.
         """
-        query = select(units).where(units.c.run_id == run_id)
-        if position is not None:
-            query = query.where(units.c.position == position)
-        if number is not None:
-            query = query.where(units.c.number == number)
-        if states:
-            query = query.where(units.c.state.in_(list(states)))
-        if last_only:
-            query = query.where(units.c.is_last)
-        place = (units.c.position, units.c.stage, units.c.number, units.c.attempt)
-        query = query.order_by(*place).limit(limit)
+        chosen = _chosen(run_id, position, number, states, last_only=last_only)
+        query = select(units).where(*chosen).order_by(*_PLACE).limit(limit)
         with self._database.reading() as connection:
             yield from connection.execution_options(yield_per=_CHUNK).execute(query)
 
@@ -154,16 +145,8 @@ class HistoryReader:
             last_only: of the attempts at a unit, only the last one.
         """
         columns = [*_PLACE, units.c.is_last, units.c.state, units.c.zarr_url, units.c.started, units.c.log]
-        query = select(*columns).where(units.c.run_id == run_id)
-        if position is not None:
-            query = query.where(units.c.position == position)
-        if number is not None:
-            query = query.where(units.c.number == number)
-        if states:
-            query = query.where(units.c.state.in_(list(states)))
-        if last_only:
-            query = query.where(units.c.is_last)
-        query = query.order_by(*_PLACE).limit(_CHUNK)
+        chosen = _chosen(run_id, position, number, states, last_only=last_only)
+        query = select(*columns).where(*chosen).order_by(*_PLACE).limit(_CHUNK)
         page = query
         while True:
             with self._database.reading() as connection:
@@ -204,3 +187,19 @@ class HistoryReader:
                 if open_runs.get(unit.zarr_url) == unit.run_id:
                     found[unit.zarr_url] = unit.state
         return found
+
+
+def _chosen(
+    run_id: str, position: int | None, number: int | None, states: Sequence[State], *, last_only: bool
+) -> list[ColumnElement[bool]]:
+    """Which units are asked for."""
+    conditions: list[ColumnElement[bool]] = [units.c.run_id == run_id]
+    if position is not None:
+        conditions.append(units.c.position == position)
+    if number is not None:
+        conditions.append(units.c.number == number)
+    if states:
+        conditions.append(units.c.state.in_(list(states)))
+    if last_only:
+        conditions.append(units.c.is_last)
+    return conditions

@@ -17,21 +17,6 @@ COMMAND = shlex.join(["sh", "-c", "echo ran >> notes; test -e mended || ! grep -
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 
-@pytest.fixture
-def cli(tmp_path: Path) -> Cli:
-    def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [PROGRAM, *map(str, words)],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-
-    return run
-
-
 def workflow(*commands: str) -> str:
     tasks = [{"task": {"name": f"T{n}", "command_parallel": command}} for n, command in enumerate(commands)]
     return json.dumps({"name": "w", "task_list": tasks})
