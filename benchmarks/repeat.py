@@ -118,7 +118,7 @@ def end_rest(session: int, mark: str) -> list[str]:
     """Kill what is left of a run's processes after a moment; what that was."""
     deadline = time.monotonic() + GRACE_S
     while (left := list(_rest(session, mark))) and time.monotonic() < deadline:
-        time.sleep(0.1)
+        time.sleep(0.1)  # between two looks, until the deadline
     told = []
     for process in left:
         with contextlib.suppress(psutil.NoSuchProcess):

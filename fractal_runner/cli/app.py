@@ -16,6 +16,24 @@ import typer
 
 from fractal_runner import __version__
 from fractal_runner.cli import options as given
+from fractal_runner.cli.parameters import (
+    AttributeFilter,
+    DatasetFile,
+    ExecutorName,
+    ExecutorOpt,
+    First,
+    HistoryUrl,
+    Last,
+    MaxWorkers,
+    NewHistoryUrl,
+    Output,
+    RunDirectory,
+    TaskEnv,
+    TypeFilter,
+    Verbose,
+    WorkflowFile,
+    ZarrDir,
+)
 from fractal_runner.errors import HistoryError, InputFileError, RunBusyError
 from fractal_runner.executors import registry
 
@@ -28,77 +46,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-WorkflowFile = Annotated[Path, typer.Argument(metavar="WORKFLOW.json", help="The workflow.")]
-DatasetFile = Annotated[Path, typer.Option("--dataset", metavar="DATASET.json", help="The dataset.")]
-ExecutorName = Annotated[
-    str, typer.Option("--executor", help=f"Where units run: {', '.join(registry.names())}.")
-]
-ExecutorOpt = Annotated[
-    list[str] | None, typer.Option("--executor-opt", metavar="KEY=VALUE", help="An option of the executor.")
-]
-MaxWorkers = Annotated[int | None, typer.Option("--max-workers", min=1, help="How many units run at a time.")]
-First = Annotated[int | None, typer.Option("--first", metavar="I", help="Position of the first task to run.")]
-Last = Annotated[int | None, typer.Option("--last", metavar="J", help="Position of the last task to run.")]
-TypeFilter = Annotated[
-    list[str] | None,
-    typer.Option("--type-filter", metavar="NAME=BOOL", help="Only images of this type: is_3D=true."),
-]
-AttributeFilter = Annotated[
-    list[str] | None,
-    typer.Option("--attribute-filter", metavar="NAME=VALUES", help="Only these images: well=A01,A02."),
-]
-ZarrDir = Annotated[
-    Path | None, typer.Option("--zarr-dir", metavar="DIR", help="Replaces the dataset's zarr_dir.")
-]
-TaskEnv = Annotated[
-    str | None,
-    typer.Option("--task-env", metavar="PYTHON", help="The Python that has the task packages installed."),
-]
 _WIDE = 1000
-
-
-def _warn_of_password(url: str | None) -> str | None:
-    """Say so if a password was typed where everybody on this machine can read it."""
-    if url is not None and "@" in url and any(url in word for word in sys.argv):
-        _, _, rest = url.partition("://")
-        if ":" in rest.rpartition("@")[0]:
-            _note(
-                "warning",
-                "a password on the command line is seen by everybody on this machine (ps): put the URL into "
-                "FRACTAL_RUNNER_DB, or the password into ~/.pgpass",
-            )
-    return url
-
-
-RunDirectory = Annotated[Path, typer.Argument(metavar="DIR", help="The run's directory.")]
-HistoryUrl = Annotated[
-    str | None,
-    typer.Option(
-        "--db",
-        metavar="URL",
-        envvar="FRACTAL_RUNNER_DB",
-        callback=_warn_of_password,
-        help="Where the history is, if not where the directory says (which keeps no password).",
-    ),
-]
-
-
-Output = Annotated[
-    Path | None,
-    typer.Option("--output", metavar="DATASET_OUT.json", help="Write the final dataset here as well."),
-]
-NewHistoryUrl = Annotated[
-    str | None,
-    typer.Option(
-        "--db",
-        metavar="URL",
-        envvar="FRACTAL_RUNNER_DB",
-        callback=_warn_of_password,
-        help="The database of the run's history (postgresql+psycopg://user@host/name); "
-        "a file in the run's directory if not given.",
-    ),
-]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens.")]
 
 
 @app.command()

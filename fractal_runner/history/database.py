@@ -120,7 +120,7 @@ class Database:
             else:
                 with self.reading() as connection:
                     schema.expect_readable(connection, self.name)
-        except BaseException:
+        except BaseException:  # a Ctrl-C, too, must leave no connection behind
             self.close()
             raise
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from fractal_runner.errors import HistoryError, RunBusyError
 from fractal_runner.history.store import FILE_NAME
-from fractal_runner.worker.processes import Identity, host_name, identify, is_same_process
+from fractal_runner.worker.processes import Identity, identify, is_same_process
 
 RUN_FILE = "run.json"
 LOCK_FILE = "run.lock"
@@ -87,7 +87,7 @@ class DirectoryLock:
             self._lock()
             os.ftruncate(self._fd, 0)
             os.pwrite(self._fd, (json.dumps(asdict(identify(os.getpid()))) + "\n").encode(), 0)
-        except BaseException:
+        except BaseException:  # a Ctrl-C, too, must leave no lock behind
             self.release()
             raise
 
@@ -119,25 +119,6 @@ class DirectoryLock:
             _held.discard(self._fd)
             os.close(self._fd)
             self._fd = -1
-
-
-def coordinator_of(directory: Path) -> Identity | None:
-    """Who is at work on the run in `directory`, as far as can be told from here; None if nobody is.
-
-    It asks the system for the process rather than the lock, which it could be in somebody's way to take.
-    A coordinator on another host is not seen.
-    """
-    try:
-        fd = os.open(directory / LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        holder = _holder(fd)
-    finally:
-        os.close(fd)
-    if holder is None or holder.host != host_name() or not is_same_process(holder):
-        return None
-    return holder
 
 
 def _holder(fd: int) -> Identity | None:

@@ -289,7 +289,7 @@ class Ends(Conformance):
             lost = subprocess.Popen(["sleep", "1000"], start_new_session=True)
             noted.with_suffix(".new").write_text(f"{os.getpid()} {child.pid} {lost.pid}")
             noted.with_suffix(".new").rename(noted)
-            time.sleep(1000)
+            time.sleep(1000)  # until it is ended
 
         view = executor.options(timeout=3) if how == "timeout" else executor
         future = view.submit(start_and_wait)

@@ -78,7 +78,7 @@ def _waiting(folder: str, patience: float) -> Callable[..., Any]:
         while not Path(folder, "open").exists():
             if time.monotonic() > deadline:
                 raise TimeoutError("the gate was not opened")
-            time.sleep(0.005)
+            time.sleep(0.005)  # a file tells other processes, and wakes nobody
         return value
 
     return wait
@@ -93,7 +93,7 @@ def wait_until(condition: Callable[[], object], what: str, *, seconds: float = P
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"in {seconds:.0f} s it did not come to be that {what}"
-        time.sleep(0.005)
+        time.sleep(0.005)  # a condition is asked for, and tells nothing by itself
 
 
 def is_alive(pid: int) -> bool:
@@ -119,7 +119,7 @@ def submit_until_refused(
     try:
         while True:
             submitted.append(executor.submit(abs, -1))
-    except BaseException as error:
+    except BaseException as error:  # which one it is, the test says
         refused.append(error)
 
 

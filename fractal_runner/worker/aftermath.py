@@ -146,7 +146,7 @@ def end_leftovers(
         workers = _Workers(unsure)
         workers.wait(patience_s)
         workers.kill_orphans(spare, directory, run_id)
-        time.sleep(_SETTLE_S)
+        time.sleep(_SETTLE_S)  # what was just forked bears its mark only after its exec
         # Once more, for what workers started before they met the fence or their end.
         left = commands.end(grace_s) | workers.units
     if others := left - {trace.key for trace in unsure}:
@@ -243,7 +243,7 @@ class _Workers:
         """Wait until all is over: each unit has ended, or its worker."""
         deadline = time.monotonic() + seconds
         while self._traces and time.monotonic() < deadline:
-            time.sleep(_LOOK_S)
+            time.sleep(_LOOK_S)  # files and processes of others: nothing tells when they change
             self._look()
 
     def kill_orphans(self, spare: Collection[str], directory: str, run_id: str) -> None:

@@ -289,7 +289,7 @@ def end_found(
         _signal_each(find(), signal.SIGTERM)
         deadline = time.monotonic() + grace_s
         while find() and time.monotonic() < deadline:
-            time.sleep(pause)
+            time.sleep(pause)  # not our children: nobody tells us when they end
             pause = min(1.5 * pause, _LONGEST_PAUSE_S)
     deadline = time.monotonic() + kill_wait_s
     while left := list(find()):

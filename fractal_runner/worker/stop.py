@@ -134,7 +134,7 @@ def _write_fence(path: str, spare: Collection[str]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
-    except BaseException:
+    except BaseException:  # whatever it is, no half file stays
         with suppress(OSError):
             os.unlink(unfinished)
         raise

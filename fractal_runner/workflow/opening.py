@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from pydantic import TypeAdapter
@@ -148,7 +147,7 @@ class OpenRun:
                     self._go_on(opened)
                 own = opened.name == str(directory / FILE_NAME)
                 _write_run_file(directory, RunFile(self.run_id, None if own else opened.url))
-            except BaseException as error:
+            except BaseException as error:  # a Ctrl-C, too, ends what has begun
                 if self.writer.epoch:  # it is ours by now, and goes no further
                     with suppress(HistoryError):
                         self.writer.end_run(State.FAILED, str(error) or type(error).__name__)
@@ -158,12 +157,7 @@ class OpenRun:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._stack.close()
 
     def _open(self, choice: HistoryChoice, found: RunFile | None, stack: ExitStack) -> History:

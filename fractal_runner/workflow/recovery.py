@@ -125,7 +125,7 @@ class Recovery:
             discard: ends such a call that is not wanted any more.
 
         Returns:
-            What is still to be submitted; what was adopted; what was found to have ended, and is news.
+            What is still to be submitted; what was adopted; which successes are news.
 
         Raises:
             JobExecutionError: if units may still run, or may not be run again, and nobody said to.
@@ -146,13 +146,12 @@ class Recovery:
         for stage, first in gone.items():
             journal.left_out(stage, first)
         rest: list[Unit] = []
-        news: list[Judged] = []
+        successes: list[Judged] = []
         for unit in remaining:
             found = self._settle(unit, place, journal, judge, adopted)
             if isinstance(found, Judged):
-                if found.failure is None:
-                    outcome.succeed(found.unit, found.output)
-                news.append(found)
+                outcome.succeed(found.unit, found.output)
+                successes.append(found)
             elif found is not None:
                 rest.append(found)
         journal.flush()
@@ -160,7 +159,7 @@ class Recovery:
             "%s: of %d unit(s), %d are done already, %d still run, %d are to be run",
             *(title(place.stage.task), outcome.count, outcome.done, len(adopted), len(rest)),
         )
-        return rest, list(adopted.values()), news
+        return rest, list(adopted.values()), successes
 
     def _gone(self, stage: str, count: int) -> dict[str, int]:
         """The stages that have fewer units now, or others altogether, and from which number on."""

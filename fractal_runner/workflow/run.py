@@ -15,6 +15,7 @@ from fractal_runner.history.schema import State
 from fractal_runner.history.writing import OwnershipLostError
 from fractal_runner.worker.stop import StopRequest, stoppable
 from fractal_runner.workflow import plan
+from fractal_runner.workflow.conditions import Conditions
 from fractal_runner.workflow.events import Event, RunFinished, RunStarted
 from fractal_runner.workflow.failures import error_of_task
 from fractal_runner.workflow.files import write_state
@@ -30,7 +31,7 @@ from fractal_runner.workflow.models import Dataset
 from fractal_runner.workflow.opening import HistoryChoice, OpenRun, RunPlan
 from fractal_runner.workflow.past import TaskPast
 from fractal_runner.workflow.recovery import Recovery
-from fractal_runner.workflow.stage import Conditions, check_program
+from fractal_runner.workflow.stage import check_program
 from fractal_runner.workflow.turn import Beginning, RunCancelledError, Turn, state_after
 from fractal_runner.workflow.units import Stage, keys_of, order_of, stages_of, title
 
@@ -154,7 +155,7 @@ class Run:
         except RunCancelledError:
             state, message = State.CANCELLED, "The run was cancelled."
             raise
-        except BaseException as error:
+        except BaseException as error:  # whatever it is, the record says so
             message = str(error) or type(error).__name__
             state = state_after(error, self._conditions)
             raise

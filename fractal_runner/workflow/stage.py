@@ -1,4 +1,4 @@
-"""One stage of a task on its way through an executor: submitted, watched, recorded, tried again.
+"""One stage of a task on its way through an executor: submitted, taken in, recorded, tried again.
 
 Everything here happens in the coordinator's thread. A unit's end is first judged, then recorded, then
 used: only what is in the history counts towards the outcome, and only then listeners are told.
@@ -6,15 +6,12 @@ used: only what is in the history counts towards the outcome, and only then list
 
 from __future__ import annotations
 
-import logging
 import os
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from fractal_runner.errors import HistoryError, JobExecutionError, TaskExecutionError
 from fractal_runner.history.writing import OwnershipLostError
@@ -22,24 +19,17 @@ from fractal_runner.worker import processes
 from fractal_runner.worker.command import MARK_VARIABLE, run_unit
 from fractal_runner.worker.processes import host_name
 from fractal_runner.worker.spec import UNKILLABLE, UnitResult
-from fractal_runner.worker.stop import StopRequest, ask_to_stop
+from fractal_runner.worker.stop import ask_to_stop
 from fractal_runner.workflow import plan
+from fractal_runner.workflow.conditions import Conditions
 from fractal_runner.workflow.dispatch import DEFAULT_WINDOW, LOCAL_WINDOW, Dispatch, Ended
-from fractal_runner.workflow.events import (
-    Event,
-    RunningUnit,
-    TaskProgress,
-    UnitFinished,
-    UnitRetried,
-    UnitRunning,
-    UnitSubmitted,
-)
 from fractal_runner.workflow.failures import Explain
-from fractal_runner.workflow.journal import NEVER_STARTED, UNKNOWN_OUTCOME, Journal
+from fractal_runner.workflow.journal import NEVER_STARTED, UNKNOWN_OUTCOME
 from fractal_runner.workflow.outcome import Outcome, Validated
 from fractal_runner.workflow.outputs import collector_paused
 from fractal_runner.workflow.recovery import Adopted, Judged, Recovery
-from fractal_runner.workflow.units import Place, Stage, Unit, order_of, title
+from fractal_runner.workflow.units import Place, Stage, Unit, title
+from fractal_runner.workflow.watching import Watch
 
 if TYPE_CHECKING:
     from fractal_runner.executors.registry import Executors, Submitter
@@ -47,51 +37,6 @@ if TYPE_CHECKING:
 END_MARGIN_S = 12.0  # beyond the grace time: for KILL to work, and for results to travel
 
 _LOOK_S = 0.2
-_LOOK_CLOSER_S = 1.0
-_SHOWN = 20
-
-
-@dataclass(frozen=True, slots=True)
-class Conditions:
-    """What all stages of a run have in common.
-
-    Attributes:
-        run_id: the run.
-        epoch: which of its coordinators this is.
-        local: its directory, as it is seen from here.
-        remote: as the workers see it.
-        env: variables for every unit's environment.
-        executors: where units run.
-        journal: what tells the history.
-        logger: is told what people should know.
-        emit: brings events to the listener; None if there is none.
-        stop: whether the run was told to stop by its directory's file.
-        cancelled: set to end the run.
-        drain: set to start nothing more.
-        is_cancelled_outside: whether the caller of an inline run wants it to end.
-        is_inline: the run is executed in its caller's thread.
-        stop_at_failure: leave out what has not started once a unit has failed.
-        window: how many units may be in flight; None to choose.
-        grace_s: seconds between TERM and KILL.
-    """
-
-    run_id: str
-    epoch: int
-    local: Path
-    remote: str
-    env: tuple[tuple[str, str], ...]
-    executors: Executors
-    journal: Journal
-    logger: logging.Logger
-    emit: Callable[[Event], None] | None
-    stop: StopRequest
-    cancelled: threading.Event
-    drain: threading.Event
-    is_cancelled_outside: Callable[[], bool]
-    is_inline: bool
-    stop_at_failure: bool
-    window: int | None
-    grace_s: float
 
 
 class StageRun:
@@ -115,10 +60,8 @@ class StageRun:
         self.outcome = Outcome(stage, urls)
         self.left_running = False
         self._stage = stage
-        self._urls = urls
         self._run = conditions
         self._journal = conditions.journal
-        self._emit = conditions.emit
         self._executor_name = stage.resources.executor
         if self._executor_name is not None:
             check_program(stage, conditions.executors)
@@ -139,13 +82,11 @@ class StageRun:
             grace_s=conditions.grace_s,
         )
         self._explain = Explain(self._place)
+        self._watch = Watch(self._place, conditions)
         self._dispatch: Dispatch | None = None
         self._judged: list[Judged] = []  # recorded with the next flush, and used then
-        self._news: list[Event] = []  # told with the next flush
         self._retried: dict[int, Judged] = {}  # the last failures of units that are tried again
         self._no_more = False  # nothing starts any more
-        self._seen_running: set[tuple[int, int]] = set()  # index, attempt
-        self._looked_at: tuple[float, tuple[RunningUnit, ...]] = time.time(), ()
         self._problem: HistoryError | None = None
         make_folders(self._place)
 
@@ -173,8 +114,7 @@ class StageRun:
                 discard=lambda future: executors.discard(future, name),
             )
             units = iter(rest)
-            for judged in ended:
-                self._tell_end(judged)
+            self._watch.recorded(ended)
         dispatch = Dispatch(
             self._submit,
             units,
@@ -186,7 +126,7 @@ class StageRun:
         self._dispatch = dispatch
         try:
             self._drive(dispatch)
-        except BaseException:
+        except BaseException:  # whatever it is, a Ctrl-C included: nothing is left under way
             self._abandon(dispatch)
             raise
         finally:
@@ -198,9 +138,7 @@ class StageRun:
     def _submit(self, unit: Unit) -> Future[UnitResult]:
         spec = self._place.spec(unit)
         self._journal.submitted(self._place, unit)
-        if self._emit is not None:
-            order, stage = order_of(self._stage.task), self._stage.name
-            self._news.append(UnitSubmitted(order, stage, unit.index, unit.zarr_url, unit.attempt))
+        self._watch.submitted(unit)
         if self._run.is_inline:
             self._flush()  # it is going to run now, in this thread
         submit = self._submitter_for(unit).submit
@@ -261,8 +199,8 @@ class StageRun:
                 continue
             next_look = now + _LOOK_S
             running = dispatch.running()
-            self._note_running(running)
-            self._show(len(running))
+            self._watch.look(running)
+            self._watch.show(self.outcome, len(running))
             if not self.outcome.stopped and self._must_stop():
                 self.outcome.stopped = True
                 self._ask_to_stop()
@@ -273,7 +211,7 @@ class StageRun:
                     self.left_running = True
                     run.logger.warning("%s: unit %d is left running", title(self._stage.task), unit.index)
         self._flush()
-        self._show(0)
+        self._watch.show(self.outcome, 0)
 
     def _abandon(self, dispatch: Dispatch) -> None:
         """Something went wrong here: end what is under way, and take note of nothing any more."""
@@ -314,11 +252,7 @@ class StageRun:
         self._retried[unit.index] = judged
         dispatch.again(again)
         self._run.logger.warning("%s (attempt %d; trying again)", _first_line(str(failure)), unit.attempt)
-        if self._emit is not None:
-            order, stage = order_of(self._stage.task), self._stage.name
-            self._news.append(
-                UnitRetried(order, stage, unit.index, unit.zarr_url, unit.attempt, str(failure))
-            )
+        self._watch.retried(unit, str(failure))
 
     def _is_of_other_work(self, ended: Ended, dispatch: Dispatch) -> bool:
         """Whether a call that was taken on has done something else: then it counts for nothing."""
@@ -389,80 +323,8 @@ class StageRun:
                     self.outcome.succeed(judged.unit, judged.output)
                 else:
                     self.outcome.fail(judged.unit, judged.failure)
-        if self._emit is not None:
-            for event in self._news:
-                self._emit(event)
-            for judged in self._judged:
-                self._tell_end(judged)
-        self._news.clear()
+        self._watch.recorded(self._judged)
         self._judged.clear()
-
-    def _tell_end(self, judged: Judged) -> None:
-        if self._emit is None:
-            return
-        unit, result = judged.unit, judged.result
-        seconds = None
-        if result is not None and result.started and result.ended:
-            seconds = result.ended - result.started
-        message = "" if judged.failure is None else str(judged.failure)
-        self._emit(
-            UnitFinished(
-                order_of(self._stage.task),
-                self._stage.name,
-                *(unit.index, unit.zarr_url, not message, message, seconds, unit.attempt),
-            )
-        )
-
-    def _show(self, running: int) -> None:
-        if self._emit is None:
-            return
-        limit = self._run.executors.worker_count(self._executor_name)
-        self._emit(
-            TaskProgress(
-                order=order_of(self._stage.task),
-                task_name=self._stage.task.task.name,
-                stage=self._stage.name,
-                units=self.outcome.count,
-                done=self.outcome.done,
-                failed=len(self.outcome.failures),
-                running=running if limit is None else min(running, limit),
-                units_running=self._looked_at[1] if running else (),
-            )
-        )
-
-    def _note_running(self, running: Sequence[Unit]) -> None:
-        """Look, about once a second, at what runs: for the history, and for people."""
-        now = time.time()
-        if not running or now - self._looked_at[0] < _LOOK_CLOSER_S:
-            return
-        # By key: an executor may list more, such as calls that it has left running.
-        attempts = {self._place.key(unit): unit for unit in running}
-        tasks = self._run.executors.tasks(self._executor_name)
-        infos = [info for info in tasks if info.started is not None and info.key in attempts]
-        for info in infos:
-            unit = attempts[info.key or ""]
-            known = {"started": info.started, "host": info.host, "pid": info.pid, "job_id": info.job_id}
-            self._runs(unit.index, unit.attempt, known)
-        if not infos:  # an executor that tells no more than a future does
-            for unit in running:
-                self._runs(unit.index, unit.attempt, {"started": now})
-        infos.sort(key=lambda info: info.started or now)
-        shown = tuple(
-            RunningUnit(info.name, now - (info.started or now), info.host, info.pid, info.cpu, info.rss)
-            for info in infos[:_SHOWN]
-        )
-        self._looked_at = now, shown
-
-    def _runs(self, index: int, attempt: int, known: Mapping[str, Any]) -> None:
-        if (index, attempt) in self._seen_running:
-            return
-        self._seen_running.add((index, attempt))
-        url = self._urls[index]
-        self._journal.running(self._place, Unit(index, url, {}, "", attempt), known)
-        if self._emit is not None:
-            where = known.get("host"), known.get("pid")
-            order, stage = order_of(self._stage.task), self._stage.name
-            self._news.append(UnitRunning(order, stage, index, url, attempt, *where))
 
     def _ask_to_stop(self) -> None:
         if isinstance(self._problem, OwnershipLostError) or self._run.stop.fenced():

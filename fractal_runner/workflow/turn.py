@@ -18,6 +18,7 @@ from fractal_runner.history.schema import State
 from fractal_runner.worker.spec import CANCELLED
 from fractal_runner.worker.stop import SHUTDOWN_FILE
 from fractal_runner.workflow import plan
+from fractal_runner.workflow.conditions import Conditions
 from fractal_runner.workflow.events import Event, TaskFinished, TaskStarted
 from fractal_runner.workflow.failures import UnitError, about_task, error_of_task
 from fractal_runner.workflow.files import dataset_text, write_state
@@ -28,7 +29,7 @@ from fractal_runner.workflow.opening import OpenRun, RunPlan
 from fractal_runner.workflow.outcome import Outcome
 from fractal_runner.workflow.outputs import merge
 from fractal_runner.workflow.recovery import Recovery
-from fractal_runner.workflow.stage import Conditions, StageRun
+from fractal_runner.workflow.stage import StageRun
 from fractal_runner.workflow.units import Stage, Unit, order_of, title
 
 

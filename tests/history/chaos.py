@@ -251,7 +251,7 @@ def _in_a_fork(place: Path, dies_at: int | None = None) -> int:
                 _die_at(dies_at)
             asyncio.run(go_on(place))
             code = 0
-        except BaseException:
+        except BaseException:  # a fork of ours must not return into what forked it
             traceback.print_exc()
         finally:
             sys.stderr.flush()
@@ -282,7 +282,7 @@ def _die_at(number: int) -> None:
             return
         if writes == number:
             os.kill(coordinator, signal.SIGKILL)
-            time.sleep(60)
+            time.sleep(60)  # until the signal arrives: nothing may be written meanwhile
         writes += 1
 
     event.listen(Engine, "commit", wrote)

@@ -15,7 +15,7 @@ import pytest
 
 from fractal_runner import JobExecutionError, RunBusyError, Task, WorkflowTask
 from fractal_runner.history import writing
-from fractal_runner.history.directory import coordinator_of
+from fractal_runner.history.directory import LOCK_FILE
 from fractal_runner.history.store import History
 from fractal_runner.worker.processes import host_name
 from fractal_runner.worker.stop import raise_fence
@@ -55,7 +55,9 @@ async def test_a_second_coordinator_is_refused_naming_the_first_ones_process_and
         await run(waiting, resume=True)
 
     assert (caught.value.pid, caught.value.host) == (first.pid, host_name())
-    assert coordinator_of(tmp_path / "run").pid == first.pid  # its name still stands there
+    assert (
+        json.loads((tmp_path / "run" / LOCK_FILE).read_text())["pid"] == first.pid
+    )  # its name still stands there
     (notes / "may").touch()
     assert first.end() == ""
     assert len(pids(notes)) == 1
@@ -130,7 +132,9 @@ async def test_the_directory_is_free_once_a_run_has_ended_however_it_has(
 ) -> None:
     with pytest.raises(RuntimeError):
         await run(parallel("false"))
-    assert coordinator_of(tmp_path / "run").pid == os.getpid()  # the last one, as far as anybody knows
+    assert (
+        json.loads((tmp_path / "run" / LOCK_FILE).read_text())["pid"] == os.getpid()
+    )  # the last one, as far as anybody knows
 
     await run(parallel("true"), resume=True)
 
