@@ -24,16 +24,15 @@ class Calls:
 
     Every call passes here several times, from several threads, so there is no lock on its way: each step
     is one operation on a dictionary, which is atomic, and their order makes up for the rest. (A lock that
-    two busy threads share makes each of them wait for the interpreter at every turn.) Only who waits
-    takes `_lock`, and is looked for last by whoever changes something.
+    two busy threads share makes each of them wait for the interpreter at every turn.) Who waits is looked
+    for last by whoever changes something.
     """
 
     def __init__(self) -> None:
-        # `with` the lock itself: in the condition's own Python code, a Ctrl-C could leave it locked.
-        self._lock = threading.RLock()  # the collector may end a future while it is held
-        self._changed = threading.Condition(self._lock)
-        self._waiting = 0  # guarded by `_lock`
-        self._closed = False
+        # A lock per thread that waits, released by who takes it from here. Not a condition: a Ctrl-C within
+        # its Python code comes out as a RuntimeError about a lock, and nobody takes that for a Ctrl-C.
+        self._waiting: dict[Any, None] = {}
+        self._open = [True]  # emptied by who closes it
         self._pending: dict[Future[Any], Call] = {}
         self._ending: dict[Future[Any], int] = {}  # on their way out of `_pending` -> by which thread
         self._unasked: dict[CallFuture, None] = {}
@@ -50,16 +49,17 @@ class Calls:
     def add(self, call: Call) -> bool:
         """Take in a call; False if no more are taken."""
         self._pending[call.future] = call
-        if self._closed:
+        if not self._open:
             self._pending.pop(call.future, None)  # unless it was cancelled in this very moment
             return False
         return True
 
     def close(self) -> bool:
         """Take no more calls; whether it is the first time that it is said."""
-        with self._lock:
-            first, self._closed = not self._closed, True
-            return first
+        try:
+            return self._open.pop()
+        except IndexError:
+            return False
 
     def ending(self, future: CallFuture) -> None:
         """Before anybody can see the future's end: whoever sees it does not find it pending."""
@@ -76,9 +76,12 @@ class Calls:
             elif len(self._unasked) > UNASKED_LIMIT:
                 self._first_unasked()
         del self._ending[future]
-        if self._waiting:
-            with self._lock:
-                self._changed.notify_all()
+        while self._waiting:
+            try:
+                waiter, _ = self._waiting.popitem()
+            except KeyError:
+                break  # another thread was faster
+            waiter.release()
 
     def asked(self, future: CallFuture) -> None:
         """Somebody has the future's result."""
@@ -127,10 +130,11 @@ class Calls:
         A Ctrl-C that comes between a thread's last look at signals and its going to sleep does not wake
         it, so it has to look now and then.
         """
-        with self._lock:
-            self._waiting += 1
-            try:
-                if still():
-                    self._changed.wait(_LOOK_S if seconds is None else min(seconds, _LOOK_S))
-            finally:
-                self._waiting -= 1
+        waiter = threading.Lock()
+        waiter.acquire()
+        self._waiting[waiter] = None
+        try:
+            if still():
+                waiter.acquire(timeout=_LOOK_S if seconds is None else min(seconds, _LOOK_S))
+        finally:
+            self._waiting.pop(waiter, None)
