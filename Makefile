@@ -25,6 +25,7 @@ demo: .venv/.package .venv-tasks/.ready
 
 test: .venv/.dev .venv-tasks/.ready .venv-cpython/.ready lint
 	.ci/install-postgresql
+	.ci/install-slurm
 	.venv/bin/python -m pytest -n 2 --dist worksteal
 
 # Some of what the tests do ten times, a hundred times: an hour on two cores.

@@ -96,6 +96,8 @@ class JobExecutionError(_UnitError):
         cmd_file: what was run, where it was written to a file.
         stdout_file: where its standard output went.
         stderr_file: where its standard error went.
+        job_id: a scheduler's id of the job.
+        node: the node that it ran on.
     """
 
     def __init__(
@@ -104,6 +106,8 @@ class JobExecutionError(_UnitError):
         *,
         reason: str | None = None,
         info: str | None = None,
+        job_id: str | None = None,
+        node: str | None = None,
         cmd_file: str | None = None,
         stdout_file: str | None = None,
         stderr_file: str | None = None,
@@ -112,6 +116,8 @@ class JobExecutionError(_UnitError):
         super().__init__(message, **attributes)
         self.reason = reason
         self.info = info
+        self.job_id = job_id
+        self.node = node
         self.cmd_file = cmd_file
         self.stdout_file = stdout_file
         self.stderr_file = stderr_file

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fractal_runner.errors import did_you_mean
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 ExecutorChoice = Executor | type[Executor] | str | tuple[str, Mapping[str, Any]] | None
 DEFAULT = "thread"
 
+JOBS_DIR = "jobs"  # in the run's directory
+
 _DISCARD_S = 30.0
 
 _LOCAL = "fractal_runner.executors.local.executors"
@@ -32,6 +36,7 @@ _PLACES = {
     "fork": f"{_LOCAL}:ForkExecutor",
     "process": f"{_LOCAL}:ProcessExecutor",
     "serial": f"{_LOCAL}:SerialExecutor",
+    "slurm": "fractal_runner.executors.batch.slurm:SlurmExecutor",
     "spawn": f"{_LOCAL}:SpawnExecutor",
     "thread": f"{_LOCAL}:ThreadExecutor",
 }
@@ -63,7 +68,7 @@ def check(name: str, options: Mapping[str, Any] | None = None) -> None:
     Raises:
         ValueError: if the name or an option is unknown, naming the nearest known one.
     """
-    known = [option for option in inspect.signature(class_of(name)).parameters if option not in _NOT_BY_NAME]
+    known = [option for option in _parameters(class_of(name)) if option not in _NOT_BY_NAME]
     for option in options or ():
         if option not in known:
             raise ValueError(f"unknown option {option!r} of executor {name!r}: {did_you_mean(option, known)}")
@@ -111,13 +116,28 @@ class Executors:
     """The executors of one run: the default one, and others that its tasks name, made on first use.
 
     What the caller made stays the caller's; what was made here ends with `close`. `_lock` guards `_made`.
+
+    Args:
+        choice: the default one.
+        directory: the run's. An executor that is made here, and takes a `folder` that it was not given, has
+            one below it: the same whenever the run is resumed, so that it finds what it has submitted.
+        directory_seen_as: the same directory, as the workers see it; None if they see it as we do. It is
+            the `path_map` of an executor that takes one and was given none.
     """
 
-    def __init__(self, choice: ExecutorChoice) -> None:
+    def __init__(
+        self,
+        choice: ExecutorChoice,
+        *,
+        directory: str | os.PathLike[str] | None = None,
+        directory_seen_as: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self._directory = None if directory is None else Path(directory)
+        self._seen_as = None if directory_seen_as is None else os.fspath(directory_seen_as)
         self._lock = threading.Lock()
         self._made: dict[str, Executor] = {}
         self._given: Executor | None = None
-        self._factory: Callable[[], Executor] | None = None
+        self._class: type[Executor] | None = None
         if choice is None:
             choice = DEFAULT
         self._options: dict[str, Any]
@@ -128,9 +148,9 @@ class Executors:
             self.default, self._options = choice[0], dict(choice[1])
             check(self.default, self._options)
         else:
-            self.default, self._options = getattr(choice, "__name__", type(choice).__name__), {}
+            self.default, self._options = _name_of(choice if isinstance(choice, type) else type(choice)), {}
             if isinstance(choice, type) and issubclass(choice, Executor):
-                self._factory = choice
+                self._class = choice
             elif isinstance(choice, Executor):
                 self._given = choice
             else:
@@ -156,11 +176,23 @@ class Executors:
                     return self._given
                 name = self.default
             if name not in self._made:
-                if name == self.default and self._factory is not None:
-                    self._made[name] = self._factory()
-                else:
-                    self._made[name] = make(name, self._options if name == self.default else None)
+                self._made[name] = self._make(name)
             return self._made[name]
+
+    def _make(self, name: str) -> Executor:
+        options = self._options if name == self.default else {}
+        if name == self.default and self._class is not None:
+            return self._class(**self._offered(self._class, name))
+        return make(name, {**self._offered(class_of(name), name), **options})
+
+    def _offered(self, chosen: type[Executor], name: str) -> dict[str, Any]:
+        """What this class takes of where the run is."""
+        if self._directory is None:
+            return {}
+        offered: dict[str, Any] = {"folder": self._directory / JOBS_DIR / name}
+        if self._seen_as is not None:
+            offered["path_map"] = {str(self._directory): self._seen_as}
+        return {option: value for option, value in offered.items() if option in _parameters(chosen)}
 
     def is_local(self, name: str | None = None) -> bool:
         """Whether calls surely run on this machine, seeing this file system and this PATH."""
@@ -200,6 +232,7 @@ class Executors:
         *,
         cpus: int | None = None,
         memory: int | None = None,
+        extra: Mapping[str, Any] | None = None,
         avoid: tuple[str, ...] = (),
         **resources: Any,
     ) -> Submitter:
@@ -209,18 +242,19 @@ class Executors:
             name: the executor's name; the run's own for None.
             cpus: CPUs; the executor's default for None.
             memory: bytes; the same.
+            extra: options of a scheduler, by its own names, over those of the executor.
             avoid: nodes that the calls are to be kept off, where the executor can.
             resources: other `CallOptions`; those that are None are left to the executor.
         """
         executor = self.get(name)
         resources |= {"cpus": cpus, "memory": None if memory is None else f"{memory}B"}
         asked = {option: value for option, value in resources.items() if value is not None}
-        if avoid:
-            asked["extra"] = {"exclude": ",".join(avoid)}
         # In a process of its own the call finds these set; in a thread, only what it starts can have them.
         environment = thread_variables(cpus or 1) if self.shares_process(name) else {}
         if not isinstance(executor, base.Executor):
             return Submitter(lambda _, __, fn, argument: executor.submit(fn, argument), [], environment)
+        if extra or avoid:
+            asked["extra"] = _with_exclusions({**executor._options.extra, **(extra or {})}, avoid)
         view, reduced = executor.fitting(**asked)
         return Submitter(view.submit_as, reduced, environment)
 
@@ -251,3 +285,26 @@ class Executors:
             made, self._made = self._made, {}
         for executor in reversed(made.values()):
             executor.shutdown(wait=wait, cancel_futures=True)
+
+
+def _parameters(chosen: type[Executor]) -> Collection[str]:
+    """What the constructor takes."""
+    try:
+        return inspect.signature(chosen).parameters
+    except ValueError:  # of a class that is not written in Python
+        return ()
+
+
+def _name_of(chosen: type) -> str:
+    """The name that this class is registered by; its own if it is not."""
+    place = f"{chosen.__module__}:{chosen.__qualname__}"
+    return next((name for name, known in _PLACES.items() if known == place), chosen.__name__)
+
+
+def _with_exclusions(extra: dict[str, Any], avoid: tuple[str, ...]) -> dict[str, Any]:
+    """A scheduler's options whose `exclude`, text or a list, names these nodes as well."""
+    if not avoid:
+        return extra
+    excluded = extra.get("exclude") or []
+    names = [excluded] if isinstance(excluded, str) else list(excluded)
+    return {**extra, "exclude": ",".join([*names, *(node for node in avoid if node not in names)])}

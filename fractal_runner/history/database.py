@@ -18,7 +18,6 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
 from sqlalchemy import Connection, Engine, Table, bindparam, create_engine, delete, event, insert
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
@@ -26,6 +25,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.pool import NullPool
 
 from fractal_runner.errors import HistoryError
+from fractal_runner.filesystems import is_shared
 from fractal_runner.history import schema
 
 T = TypeVar("T")
@@ -50,13 +50,6 @@ _ROWS_AT_A_TIME = (256, 32, 4, 1)  # times a unit's columns: within SQLite's 32,
 # The pool's own is what waiters get when all connections are busy with a database that has gone away.
 _TROUBLE = (DBAPIError, sqlite3.Error, PoolTimeoutError, UnicodeError)
 _logger = logging.getLogger("fractal_runner")
-# Where a write-ahead log does not work for readers on other hosts (sqlite.org/wal.html, "overview").
-_SHARED_FILE_SYSTEMS = frozenset(
-    {
-        *("nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs", "beegfs", "ceph", "glusterfs", "afs"),
-        *("9p", "orangefs", "panfs", "wekafs", "virtiofs", "gfs2", "ocfs2", "acfs", "pvfs2", "quobyte"),
-    }
-)
 # What SQLite (sqlite.org/rescode.html) and libpq say when waiting does not help, and what that means.
 _LASTING = (
     ("disk is full", "the disk is full"),
@@ -300,17 +293,6 @@ def sqlite_file(url: str | os.PathLike[str]) -> Path | None:
 def without_password(url: URL) -> str:
     """A database's URL as it may be shown, and written down."""
     return url._replace(password=None).difference_update_query(_SECRETS).render_as_string()
-
-
-def is_shared(path: Path) -> bool:
-    """Whether a file there may be on a file system that other hosts write as well."""
-    place = str(path.absolute().parent.resolve()) + "/"
-    point, kind = "", ""
-    for partition in psutil.disk_partitions(all=True):
-        mounted = partition.mountpoint.rstrip("/") + "/"
-        if place.startswith(mounted) and len(mounted) >= len(point):
-            point, kind = mounted, partition.fstype
-    return kind in _SHARED_FILE_SYSTEMS or (kind.startswith("fuse.") and kind != "fuse.fuseblk")
 
 
 def _engine(url: URL, *, writes: bool) -> Engine:

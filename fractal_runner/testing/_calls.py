@@ -20,6 +20,7 @@ from fractal_runner.testing._base import Conformance
 from fractal_runner.testing._tools import (
     PATIENCE_S,
     Gate,
+    await_running,
     needs,
     raiser,
     wait_until,
@@ -85,6 +86,7 @@ class Calls(Conformance):
         submitted = [executor.submit(gate.wait, number) for number in range(4)]
 
         gate.await_arrivals(2)
+        await_running(*submitted[:2])
         assert not any(future.done() for future in submitted)
         assert [future.running() for future in submitted[2:]] == [False, False]
         gate.open()

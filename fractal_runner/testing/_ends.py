@@ -22,6 +22,7 @@ from fractal_runner.testing._base import Conformance
 from fractal_runner.testing._tools import (
     PATIENCE_S,
     Gate,
+    await_running,
     is_alive,
     needs,
     nothing,
@@ -80,6 +81,7 @@ class Ends(Conformance):
         executor = make(1)
         running, *others = [executor.submit(gate.wait, number) for number in range(4)]
         gate.await_arrivals(1)
+        await_running(running)
 
         executor.shutdown(wait=False, cancel_futures=True)
 
@@ -92,8 +94,9 @@ class Ends(Conformance):
         self, make: Callable[..., Any], gate: Gate
     ) -> None:
         executor = make(1)
-        _, *others = [executor.submit(gate.wait, number) for number in range(4)]
+        running, *others = [executor.submit(gate.wait, number) for number in range(4)]
         gate.await_arrivals(1)
+        await_running(running)
 
         executor.shutdown(wait=False, cancel_futures=True)
 
@@ -125,6 +128,7 @@ class Ends(Conformance):
         executor = make(1)
         running = executor.submit(gate.wait, 1)
         gate.await_arrivals(1)
+        await_running(running)
         other = executor.submit((tmp_path / "ran").touch)
 
         assert other.cancel()
@@ -143,8 +147,9 @@ class Ends(Conformance):
         self, make: Callable[..., Any], gate: Gate
     ) -> None:
         executor = make(1)
-        executor.submit(gate.wait)
+        running = executor.submit(gate.wait)
         gate.await_arrivals(1)
+        await_running(running)
         called: list[Any] = []
         others = [executor.submit(abs, number) for number in range(3)]
         others[0].add_done_callback(called.append)
@@ -181,6 +186,7 @@ class Ends(Conformance):
         executor = make(1)
         first = executor.submit(gate.wait)
         gate.await_arrivals(1)
+        await_running(first)
         others = [executor.submit(abs, number) for number in range(3)]
         others[1].cancel()
         gate.open()
@@ -200,6 +206,7 @@ class Ends(Conformance):
     ) -> None:
         submitted = [executor.submit(gate.wait, number) for number in range(4)]
         gate.await_arrivals(2)
+        await_running(*submitted[:2])
 
         assert executor.pending_count() == 4
         assert executor.cancel() == 2
@@ -212,8 +219,9 @@ class Ends(Conformance):
     @needs("additions", "asynchronous")
     def test_tasks_tell_what_runs_and_what_waits(self, make: Callable[..., Any], gate: Gate) -> None:
         executor = make(1)
-        executor.options(name="first", key="k/1").submit(gate.wait)
+        first = executor.options(name="first", key="k/1").submit(gate.wait)
         gate.await_arrivals(1)
+        await_running(first)
         executor.options(name="second").submit(gate.wait)
 
         running, pending = executor.tasks()
@@ -238,6 +246,7 @@ class Ends(Conformance):
     def test_stop_ends_what_has_not_started_and_what_runs(self, executor: Any, gate: Gate) -> None:
         submitted = [executor.submit(gate.wait, number) for number in range(4)]
         gate.await_arrivals(2)
+        await_running(*submitted[:2])
 
         assert executor.stop() == 4
 
@@ -254,6 +263,7 @@ class Ends(Conformance):
     def test_stop_ends_the_calls_it_is_given_and_no_others(self, executor: Any, gate: Gate) -> None:
         submitted = [executor.submit(gate.wait, number) for number in range(4)]
         gate.await_arrivals(2)
+        await_running(*submitted[:2])
 
         assert executor.stop(submitted[0], submitted[3]) == 2
 
@@ -294,6 +304,7 @@ class Ends(Conformance):
         view = executor.options(timeout=3) if how == "timeout" else executor
         future = view.submit(start_and_wait)
         wait_until(noted.exists, "the call has started its children")
+        await_running(future)
         if how == "stop":
             executor.stop(future)
 

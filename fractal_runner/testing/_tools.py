@@ -71,6 +71,11 @@ class Gate:
         return self.arrived()
 
 
+def await_running(*calls: Future[Any]) -> None:
+    """Wait until these calls are known to run: from a cluster, that they have started comes a little late."""
+    wait_until(lambda: all(future.running() for future in calls), "they are known to run")
+
+
 def _waiting(folder: str, patience: float) -> Callable[..., Any]:
     def wait(value: Any = None) -> Any:
         Path(folder, f"here-{os.getpid()}-{uuid.uuid4().hex}").touch()

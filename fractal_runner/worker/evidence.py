@@ -131,12 +131,16 @@ def payloads(data: bytes) -> Iterator[bytes]:
     """
     offset = 0
     while offset < len(data):
-        payload = _payload_at(data, offset)
-        if payload is None:
-            _expect_nothing_behind(data, offset)
+        span = payload_span(data, offset)
+        if span is None:
+            if (good := next_whole(data, offset)) is not None:
+                raise CorruptEvidenceError(
+                    f"the record at byte {offset} is damaged, but the one at byte {good} is sound"
+                )
             return
-        yield payload
-        offset += _HEADER + len(payload) + 1
+        start, end = span
+        yield data[start:end]
+        offset = end + 1
 
 
 def read_ledger(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
@@ -162,7 +166,8 @@ def read_payloads(path: str | os.PathLike[str]) -> Iterator[bytes]:
         raise CorruptEvidenceError(f"{os.fspath(path)}: {error}") from None
 
 
-def _payload_at(data: bytes, offset: int) -> bytes | None:
+def payload_span(data: bytes, offset: int) -> tuple[int, int] | None:
+    """Where the payload of the record at `offset` begins and ends; None if no whole record is there."""
     header = data[offset : offset + _HEADER]
     if len(header) < _HEADER or not header.startswith(_MAGIC):
         return None
@@ -171,19 +176,20 @@ def _payload_at(data: bytes, offset: int) -> bytes | None:
     except ValueError:
         return None
     start = offset + _HEADER
-    payload = data[start : start + length]
-    whole = len(payload) == length and data[start + length : start + length + 1] == b"\n"
-    return payload if whole and zlib.crc32(payload) == checksum else None
+    end = start + length
+    if data[end : end + 1] != b"\n" or zlib.crc32(memoryview(data)[start:end]) != checksum:
+        return None
+    return start, end
 
 
-def _expect_nothing_behind(data: bytes, bad: int) -> None:
+def next_whole(data: bytes, bad: int) -> int | None:
+    """Where, behind a bad record, the next whole one begins; None if there is none."""
     offset = data.find(_MAGIC, bad + 1)
     while offset >= 0:
-        if _payload_at(data, offset) is not None:
-            raise CorruptEvidenceError(
-                f"the record at byte {bad} is damaged, but the one at byte {offset} is sound"
-            )
+        if payload_span(data, offset) is not None:
+            return offset
         offset = data.find(_MAGIC, offset + 1)
+    return None
 
 
 def _cut_unfinished(path: str) -> None:
@@ -195,10 +201,10 @@ def _cut_unfinished(path: str) -> None:
             start = file.seek(max(0, size - window))
             data = file.read()
             offset = data.rfind(_MAGIC)
-            while offset >= 0 and (payload := _payload_at(data, offset)) is None:
+            while offset >= 0 and (span := payload_span(data, offset)) is None:
                 offset = data.rfind(_MAGIC, 0, offset)
-            if offset >= 0 and payload is not None:
-                end = start + offset + _HEADER + len(payload) + 1
+            if offset >= 0 and span is not None:
+                end = start + span[1] + 1
                 if end < size:
                     file.truncate(end)
                 return

@@ -6,32 +6,14 @@ for systems that we do not run on; a value that is not what its key takes is an 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from fractal_runner.quantities import format_size, format_time, parse_count, parse_size, parse_time
-
-# Keys that only a scheduler understands; they mean nothing to a local executor, and are no mistake.
-_SCHEDULER_KEYS = frozenset(
-    {
-        "account",
-        "constraint",
-        "exclude",
-        "extra_lines",
-        "gres",
-        "needs_gpu",
-        "nodelist",
-        "nodes",
-        "ntasks_per_node",
-        "parallel_tasks_per_job",
-        "partition",
-        "pre_submission_commands",
-        "tasks_per_job",
-        "user_local_exports",
-    }
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +27,10 @@ class Resources:
         gpus: GPUs.
         times_s: seconds for which a scheduler should reserve it; one value per attempt as well.
         timeout_s: seconds after which the unit is ended, over any executor.
+        queue: a scheduler's queue: Fractal's `partition`.
+        account: whom a scheduler charges.
+        extra: what only a scheduler understands, by Fractal's names, as JSON has it. It is no mistake where
+            there is none.
         executor: name of the executor it runs on, None for the run's.
         retries: how many times a unit that was ended from outside is tried again.
         retry_any: whether one that failed by itself is, too.
@@ -58,6 +44,9 @@ class Resources:
     gpus: int | None = None
     times_s: tuple[float, ...] = ()
     timeout_s: float | None = None
+    queue: str | None = None
+    account: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     executor: str | None = None
     retries: int = 0
     retry_any: bool = False
@@ -82,6 +71,9 @@ class Resources:
             f"timeout {format_time(self.timeout_s)}" if self.timeout_s else "",
             f"up to {self.retries} retr{'y' if self.retries == 1 else 'ies'}" if self.retries else "",
             f"on {self.executor}" if self.executor else "",
+            f"partition {self.queue}" if self.queue else "",
+            f"account {self.account}" if self.account else "",
+            *(f"{key} {_shown(value)}" for key, value in self.extra.items()),
         ]
         return ", ".join(filter(None, parts)) or "the executor's default"
 
@@ -94,19 +86,52 @@ def read_meta(*layers: Mapping[str, Any]) -> Resources:
     """
     meta = {key: value for layer in layers for key, value in layer.items() if value is not None}
     values: dict[str, Any] = {}
-    for key, (field, parse) in _FIELDS.items():
+    extra: dict[str, Any] = {}
+    for key, (name, parse) in _FIELDS.items():
         if key in meta:
-            try:
-                values[field] = parse(meta[key])
-            except ValueError as error:
-                raise ValueError(f"{key}: {error}") from None
-    return Resources(**values, unknown=tuple(sorted(meta.keys() - _FIELDS.keys() - _SCHEDULER_KEYS)))
+            values[name] = _parsed(key, parse, meta[key])
+    for key, parse in _EXTRA.items():
+        if key in meta:
+            extra[key] = _parsed(key, parse, meta[key])
+    unknown = tuple(sorted(meta.keys() - _FIELDS.keys() - _EXTRA.keys()))
+    return Resources(**values, extra=MappingProxyType(extra), unknown=unknown)
 
 
-def _name(value: Any) -> str:
+def _parsed(key: str, parse: Callable[[Any], Any], value: Any) -> Any:
+    try:
+        return parse(value)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+
+
+def _name(of_what: str, value: Any) -> str:
     if not isinstance(value, str) or not value:
-        raise ValueError(f"{value!r} is not the name of an executor")
+        raise ValueError(f"{value!r} is not the name of {of_what}")
     return value
+
+
+def _gpus(value: Any) -> int:
+    if isinstance(value, str):  # Fractal has it as text
+        if not value.isdecimal():
+            raise ValueError(f'{value!r} is not a number of GPUs: one of a kind is "gres": "gpu:kind:1"')
+        value = int(value)
+    return parse_count(value, least=0)
+
+
+def _node_names(value: Any) -> str | list[str]:
+    names = value if isinstance(value, list) else [value]
+    if not all(isinstance(name, str) and name.strip() for name in names):
+        raise ValueError(f'{value!r} names no nodes: write "node1,node[3-5]", or a list')
+    return value if isinstance(value, str) else names
+
+
+def _as_it_is(value: Any) -> Any:
+    """What only the scheduler's own executor can tell is right."""
+    return value
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _flag(value: Any) -> bool:
@@ -139,12 +164,29 @@ def _per_attempt(parse: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]
 _FIELDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "cpus_per_task": ("cpus", parse_count),
     "mem": ("memories", _per_attempt(parse_size)),
-    "gpus": ("gpus", partial(parse_count, least=0)),
+    "gpus": ("gpus", _gpus),
     "time": ("times_s", _per_attempt(parse_time)),
     "timeout": ("timeout_s", parse_time),
-    "executor": ("executor", _name),
+    "partition": ("queue", partial(_name, "a partition")),
+    "account": ("account", partial(_name, "an account")),
+    "executor": ("executor", partial(_name, "an executor")),
     "retries": ("retries", partial(parse_count, least=0)),
     "retry_on": ("retry_any", _whom_to_retry),
     "retry_elsewhere": ("retry_elsewhere", _flag),
     "rerunnable": ("rerunnable", _flag),
+}
+# What only a scheduler understands, under the names that Fractal gives it.
+_EXTRA: dict[str, Callable[[Any], Any]] = {
+    "constraint": _as_it_is,
+    "exclude": _node_names,
+    "extra_lines": _as_it_is,
+    "gres": _as_it_is,
+    "needs_gpu": _as_it_is,
+    "nodelist": _as_it_is,
+    "nodes": _as_it_is,
+    "ntasks_per_node": _as_it_is,
+    "parallel_tasks_per_job": parse_count,
+    "pre_submission_commands": _as_it_is,
+    "tasks_per_job": parse_count,
+    "user_local_exports": _as_it_is,
 }

@@ -331,7 +331,15 @@ def _workflow_json(workflow: Workflow) -> str:
 
 
 def _executor_json(wanted: RunPlan) -> str | None:
-    return None if wanted.executor is None else json.dumps(wanted.executor, default=repr)
+    if wanted.executor is None:
+        return None
+    name, options = wanted.executor
+    return json.dumps([name, dict(options)], default=_as_option)
+
+
+def _as_option(value: object) -> str:
+    """An option that JSON does not have: of a path, what makes the same executor in a resume."""
+    return os.fsdecode(value) if isinstance(value, os.PathLike) else repr(value)
 
 
 def _versions() -> dict[str, str]:

@@ -75,7 +75,8 @@ async def process_workflow(
         job_type_filters: types that images must have for the first task: {"is_3D": True}.
         user_id: who runs it, for logs and the history.
         executor: an executor, which stays the caller's to shut down; an executor class; a name, or a name
-            and options; None for "thread".
+            and options; None for "thread". One that keeps files keeps them in the run's directory, unless its
+            options say where.
         resume: go on with the run that the directory holds, where it stopped or was killed; where there
             is none, begin it. What is done is not done again, and must not have changed.
         history: where the run is recorded: a History, which stays the caller's to close, an SQLAlchemy URL,
@@ -117,13 +118,14 @@ async def process_workflow(
     task = asyncio.current_task()
     logger = logging.getLogger(logger_name)
     courier = _Courier(loop, on_event, logger)
+    directory = _absolute(workflow_dir_local)
     wanted = RunPlan(
         workflow=workflow,
         dataset=dataset,
         positions=plan.task_range(workflow, first_task_index, last_task_index),
         type_filters=types,
         attribute_filters=attributes,
-        directory=_absolute(workflow_dir_local),
+        directory=directory,
         executor=registry.by_name(executor),
         job_id=job_id,
         user_id=user_id,
@@ -141,7 +143,7 @@ async def process_workflow(
     run = Run(
         wanted,
         options,
-        executors=registry.Executors(executor),
+        executors=registry.Executors(executor, directory=directory, directory_seen_as=workflow_dir_remote),
         logger=logger,
         label=("run" if job_id is None else f"job {job_id}")
         + ("" if user_id is None else f", user {user_id}"),

@@ -31,7 +31,7 @@ from fractal_runner.workflow.models import Dataset
 from fractal_runner.workflow.opening import HistoryChoice, OpenRun, RunPlan
 from fractal_runner.workflow.past import TaskPast
 from fractal_runner.workflow.recovery import Recovery
-from fractal_runner.workflow.stage import check_program
+from fractal_runner.workflow.stage import check_program, check_resources
 from fractal_runner.workflow.turn import Beginning, RunCancelledError, Turn, state_after
 from fractal_runner.workflow.units import Stage, keys_of, order_of, stages_of, title
 
@@ -262,6 +262,7 @@ class Run:
                 )
             self._executors.check(stage.resources.executor)
             if stage.resources.executor is None:  # others are started when they are needed
+                check_resources(stage, self._executors)
                 try:
                     check_program(stage, self._executors)
                 except TaskExecutionError as error:

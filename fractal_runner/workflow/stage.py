@@ -53,7 +53,7 @@ class StageRun:
 
     Raises:
         TaskExecutionError: if its command cannot be executed.
-        JobExecutionError: if its files cannot be made.
+        JobExecutionError: if its files cannot be made, or its executor refuses it.
     """
 
     def __init__(self, stage: Stage, urls: Sequence[str | None], conditions: Conditions) -> None:
@@ -63,9 +63,9 @@ class StageRun:
         self._run = conditions
         self._journal = conditions.journal
         self._executor_name = stage.resources.executor
+        first = self._first_submitter()
         if self._executor_name is not None:
             check_program(stage, conditions.executors)
-        first = self._submitter(0, ())
         if first.reduced:
             reasons = "; ".join(first.reduced)
             conditions.logger.warning("%s: %s: its units get what there is", title(stage.task), reasons)
@@ -152,15 +152,15 @@ class StageRun:
 
     def _submitter(self, retry: int, avoid: tuple[str, ...]) -> Submitter:
         """How to submit an attempt: what it asks for may grow from one to the next."""
-        wanted = self._stage.resources
-        return self._run.executors.submitter(
-            self._executor_name,
-            cpus=wanted.cpus,
-            memory=wanted.memory(retry),
-            gpus=wanted.gpus,
-            time=wanted.time_s(retry),
-            avoid=avoid,
-        )
+        return _submitter(self._stage, self._run.executors, retry, avoid)
+
+    def _first_submitter(self) -> Submitter:
+        """The one of first attempts. An executor that the task names may be made only now."""
+        try:
+            return self._submitter(0, ())
+        except (OSError, RuntimeError, TypeError, ValueError) as error:
+            name = self._executor_name or self._run.executors.default
+            raise JobExecutionError(f"The executor {name!r} refuses the task: {error}") from error
 
     def _default_window(self) -> int:
         """How many units may be in flight: few, where those that have not started cannot be taken back."""
@@ -338,6 +338,21 @@ class StageRun:
             )
 
 
+def check_resources(stage: Stage, executors: Executors) -> None:
+    """Whether the executor takes what each attempt at the stage's units asks for.
+
+    Raises:
+        ValueError: if not, naming the task, and what is wrong in the executor's words.
+    """
+    wanted = stage.resources
+    for retry in range(max(len(wanted.memories), len(wanted.times_s), 1)):
+        try:
+            _submitter(stage, executors, retry)
+        except (TypeError, ValueError) as error:
+            half = "parallel" if stage.parallel else "non_parallel"
+            raise ValueError(f"{title(stage.task)}: meta_{half}: {error}") from None
+
+
 def check_program(stage: Stage, executors: Executors) -> None:
     """Whether the stage's command can be executed, where that can be told from here.
 
@@ -367,3 +382,18 @@ def make_folders(place: Place) -> None:
 
 def _first_line(text: str) -> str:
     return text.split("\n", 1)[0]
+
+
+def _submitter(stage: Stage, executors: Executors, retry: int, avoid: tuple[str, ...] = ()) -> Submitter:
+    wanted = stage.resources
+    return executors.submitter(
+        wanted.executor,
+        cpus=wanted.cpus,
+        memory=wanted.memory(retry),
+        gpus=wanted.gpus,
+        time=wanted.time_s(retry),
+        queue=wanted.queue,
+        account=wanted.account,
+        extra=wanted.extra,
+        avoid=avoid,
+    )

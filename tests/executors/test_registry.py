@@ -31,6 +31,8 @@ from fractal_runner import (
 from fractal_runner.executors import registry
 from fractal_runner.executors.cpus import THREAD_VARIABLES, usable_cpus
 from fractal_runner.worker.evidence import read_ledger
+from tests.executors.batch import standin
+from tests.executors.batch.standin import StandIn
 
 URLS = [f"/z/{number}" for number in range(3)]
 
@@ -135,7 +137,7 @@ async def test_an_executor_is_a_name_with_options_or_a_class(run: Any, choice: A
     ("choice", "message"),
     [
         ("proces", "unknown executor 'proces': did you mean 'process'?"),
-        ("zzz", "unknown executor 'zzz': known are 'fork', 'process', 'serial', 'spawn', 'thread'"),
+        ("zzz", "unknown executor 'zzz': known are 'fork', 'process', 'serial', 'slurm', 'spawn', 'thread'"),
         (
             ("thread", {"max_worker": 2}),
             "unknown option 'max_worker' of executor 'thread': did you mean 'max",
@@ -234,6 +236,96 @@ async def test_a_task_may_name_an_executor_of_its_own(run: Any) -> None:
     assert os.getpid() not in {image.attributes["other"] for image in after.images}
     assert executor.calls == 3
     assert not executor.shut_down
+
+
+# Where it keeps its files
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[StandIn]:
+    """The stand-ins that are made; their class bears the name "batch"."""
+    monkeypatch.setitem(registry._PLACES, "batch", standin.PLACE)
+    monkeypatch.setattr(StandIn, "made", [])
+    return StandIn.made
+
+
+def named(name: str) -> WorkflowTask:
+    return WorkflowTask(task=Task(name="F", function_parallel=mark), meta_parallel={"executor": name})
+
+
+@pytest.mark.parametrize("choice", ["batch", ("batch", {"max_workers": 1}), StandIn])
+async def test_what_is_made_for_a_run_has_a_folder_in_its_directory(
+    run: Any, tmp_path: Path, stand_in: list[StandIn], choice: Any
+) -> None:
+    await run(mark, named("batch"), executor=choice)
+
+    [executor] = stand_in
+    assert executor.folder == str(tmp_path / "run" / "jobs" / "batch")
+    assert executor.path_map is None
+
+
+async def test_so_has_one_that_a_task_names(run: Any, tmp_path: Path, stand_in: list[StandIn]) -> None:
+    await run(mark, named("batch"), executor="thread")
+
+    [executor] = stand_in
+    assert executor.folder == str(tmp_path / "run" / "jobs" / "batch")
+
+
+async def test_a_task_that_names_the_callers_own_executor_gets_that_one(
+    run: Any, tmp_path: Path, stand_in: list[StandIn]
+) -> None:
+    with StandIn(tmp_path / "jobs") as executor:
+        await run(named("batch"), executor=executor)
+
+    assert stand_in == [executor]
+    assert len(executor.seen) == len(URLS)
+
+
+async def test_a_class_without_a_registered_name_has_a_folder_of_its_own_name(
+    run: Any, tmp_path: Path
+) -> None:
+    made: list[StandIn] = []
+
+    class Other(StandIn):
+        def __init__(self, folder: str, path_map: Any = None) -> None:
+            super().__init__(folder)
+            made.append(self)
+
+    await run(mark, executor=Other)
+
+    assert [executor.folder for executor in made] == [str(tmp_path / "run" / "jobs" / "Other")]
+
+
+async def test_a_folder_that_is_given_is_taken(run: Any, tmp_path: Path, stand_in: list[StandIn]) -> None:
+    await run(mark, executor=("batch", {"folder": tmp_path / "mine", "partition": "main"}))
+
+    [executor] = stand_in
+    assert (executor.folder, executor.partition) == (str(tmp_path / "mine"), "main")
+
+
+@pytest.mark.parametrize("given", [{}, {"path_map": {"/a": "/b"}}], ids=str)
+async def test_an_executor_is_told_where_the_nodes_see_the_runs_directory(
+    tmp_path: Path, stand_in: list[StandIn], given: Any
+) -> None:
+    directory, seen_as = tmp_path / "run", tmp_path / "nodes"
+    seen_as.symlink_to(directory)
+    await process_workflow(
+        workflow=Workflow(name="w", task_list=[WorkflowTask(task=Task(name="F", function_parallel=mark))]),
+        dataset=Dataset(name="d", zarr_dir="/z", images=[Image(zarr_url=URLS[0])]),
+        workflow_dir_local=directory,
+        workflow_dir_remote=seen_as,
+        executor=("batch", given),
+    )
+
+    [executor] = stand_in
+    assert executor.path_map == given.get("path_map", {str(directory): str(seen_as)})
+
+
+def test_for_no_run_there_is_no_folder() -> None:
+    executors = registry.Executors(StandIn)
+
+    with pytest.raises(TypeError, match="folder"):
+        executors.get()
 
 
 # What runs on it

@@ -8,11 +8,12 @@ import threading
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 from fractal_runner.executors.base import Executor, View, at_least_one
 from fractal_runner.executors.calls import Call, CallOptions, TaskInfo
 from fractal_runner.executors.cpus import usable_cpus
+from fractal_runner.executors.leaving import wait_at_exit
 from fractal_runner.executors.local.dispatcher import Budget, Dispatcher, Worker
 from fractal_runner.executors.local.monitor import Monitor
 from fractal_runner.executors.local.workers import (
@@ -111,7 +112,7 @@ class LocalExecutor(Executor):
         self._offered = slots if self.in_process else None
         if self._offered is not None:
             self._offered.offer()
-        _Known.dispatchers.add(self._dispatcher)
+        wait_at_exit(self._dispatcher)
         # An executor that nobody holds any more gets no more calls.
         weakref.finalize(self, _close_soon, self._dispatcher).atexit = False
 
@@ -243,21 +244,6 @@ class ForkExecutor(LocalExecutor):
         return lambda dispatcher: ForkWorker(surroundings)
 
 
-class _Known:
-    """The dispatchers that the interpreter's exit waits for: those of this process."""
-
-    dispatchers: ClassVar[weakref.WeakSet[Dispatcher]] = weakref.WeakSet()
-
-    @classmethod
-    def reset(cls) -> None:
-        cls.dispatchers = weakref.WeakSet()
-
-
-if hasattr(os, "register_at_fork"):
-    # A forked child ends through the same hook; the slots that it would wait for are its parent's.
-    os.register_at_fork(after_in_child=_Known.reset)
-
-
 def _parsed(name: str, parse: Callable[[Any], T], value: Any) -> T | None:
     try:
         return None if value is None else parse(value)
@@ -268,15 +254,3 @@ def _parsed(name: str, parse: Callable[[Any], T], value: Any) -> T | None:
 def _close_soon(dispatcher: Dispatcher) -> None:
     # Not here: the collector may run in the middle of anything, the dispatcher's own work included.
     threading.Thread(target=dispatcher.close, args=(False,), daemon=True).start()
-
-
-def _at_exit() -> None:
-    """Let what was submitted finish, as the standard library's executors do; Ctrl-C ends the waiting."""
-    # Several rounds: the end of a call may start another one, elsewhere, whose argument it was.
-    while any(dispatcher.close(wait=True) for dispatcher in list(_Known.dispatchers)):
-        pass
-
-
-# Before the interpreter waits for threads, and before it refuses to start new ones: where the standard
-# library's own executors have their hook.
-threading._register_atexit(_at_exit)  # type: ignore[attr-defined]

@@ -63,6 +63,7 @@ class Peer:
         more: further arguments of the target.
         environment, ledger, inherited: see `child.Setup`.
         start_timeout: seconds within which it has to report its start.
+        on_record: gets the log records of its calls, pickled.
         forked: whether it has copies of all our descriptors.
 
     Raises:
@@ -79,8 +80,10 @@ class Peer:
         ledger: str,
         inherited: tuple[int, ...],
         start_timeout: float,
+        on_record: Callable[[memoryview], None] = handle_record,
         forked: bool = False,
     ) -> None:
+        self._on_record = on_record
         self._output: IO[bytes] = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  ours for long
         fcntl.fcntl(self._output, fcntl.F_SETFL, os.O_APPEND)  # so that it can be emptied between calls
         ours, theirs = multiprocessing.Pipe()
@@ -171,7 +174,7 @@ class Peer:
                 if message[:1] != child.LOG:
                     self._heard_at = time.monotonic()
                     return message
-                handle_record(message[1:])
+                self._on_record(message[1:])
                 # Also here: who logs without end can be ended all the same.
                 self._raise_if_over(deadline, stopped)
             ready = self._poll.poll(self._turn_ms(deadline))

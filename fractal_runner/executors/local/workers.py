@@ -22,7 +22,7 @@ from fractal_runner.executors.local import child
 from fractal_runner.executors.local.dispatcher import Worker
 from fractal_runner.executors.local.forking import ForkProcess
 from fractal_runner.executors.local.peers import NotStartedError, Peer
-from fractal_runner.executors.local.reports import dump_call, has_output, report_end
+from fractal_runner.executors.local.reports import dump_call, handle_record, has_output, report_end
 from fractal_runner.executors.slots import SlotPool
 from fractal_runner.quantities import format_time
 from fractal_runner.worker import evidence
@@ -131,7 +131,7 @@ class _ProcessWorker(Worker):
             self._end(call, stopped_error(call))
         except (ExecutorError, JobExecutionError, OSError) as error:
             self._discard()
-            call.fail(error)
+            self._fail(call, error)
         except BaseException as error:
             # The process may go on with this call, and the next one must not be given its result.
             self._end(call, error)
@@ -142,7 +142,7 @@ class _ProcessWorker(Worker):
                     call.future.output = self._peer.take_output()
                 self._done()
                 # Last of all: whoever then lets go of the result shall find nobody else holding it.
-                report_end(call, message)
+                self._report(call, message)
             else:
                 self._end(call, self._peer.death(f"while it ran {call.name!r}"), kill=False)
 
@@ -167,6 +167,7 @@ class _ProcessWorker(Worker):
             *more,
             ledger=evidence.own_file_name(),
             inherited=self._surroundings.inherited,
+            on_record=self._record,
             **how,
         )
 
@@ -176,7 +177,19 @@ class _ProcessWorker(Worker):
                 self._peer.kill()
             call.future.output = self._peer.take_output()
         self._discard()
+        self._fail(call, error)
+
+    def _report(self, call: Call, message: memoryview) -> None:
+        """End the call as its process has reported."""
+        report_end(call, message)
+
+    def _fail(self, call: Call, error: BaseException) -> None:
+        """End the call with what has happened to its process."""
         call.fail(error)
+
+    def _record(self, pickled: memoryview) -> None:
+        """Take a log record of the call that runs."""
+        handle_record(pickled)
 
     def _done(self) -> None:
         """The process has done a call."""
@@ -207,7 +220,7 @@ class KeptProcessWorker(_ProcessWorker):
         self._root_level = 0
 
     def _send(self, call: Call) -> float | None:
-        message = dump_call(call)
+        message = self._dump(call)
         full = len(self._contexts) >= _CONTEXTS_LIMIT and self._filter(call) not in self._contexts
         if self._peer is not None and (full or call.options.cpus != self._cpus):
             self._discard()  # numerical libraries read once how many threads they may start
@@ -217,6 +230,7 @@ class KeptProcessWorker(_ProcessWorker):
                 self._cpus = call.options.cpus
                 self._contexts, self._known, self._levels = {}, None, None
                 self._peer = self._fresh(self._surroundings.environment(call))
+            self._announce(call)
             deadline = self._deadline(call)
             settings = self._changed_settings(call)
             messages = (
@@ -228,8 +242,18 @@ class KeptProcessWorker(_ProcessWorker):
                 raise self._peer.death(f"before it took {call.name!r}") from None
             self._discard()  # it died between two calls, before it had read this one: another can do it
 
-    @staticmethod
-    def _filter(call: Call) -> Hashable:
+    def _announce(self, call: Call) -> None:
+        """The call is about to be sent to the process that there is now."""
+
+    def _dump(self, call: Call) -> bytes | memoryview:
+        """The call as a message to its process."""
+        return dump_call(call)
+
+    def _dump_context(self, call: Call) -> bytes:
+        """What the call sees of the context, as a pickle."""
+        return dump_context(call)
+
+    def _filter(self, call: Call) -> Hashable:
         """What tells the call's filter from others: a function is only ever itself."""
         chosen = call.options.context_filter
         return chosen if chosen is None or isinstance(chosen, frozenset) else _Itself(chosen)
@@ -251,7 +275,7 @@ class KeptProcessWorker(_ProcessWorker):
         chosen = self._filter(call)
         pickled = None
         if chosen not in self._contexts:
-            pickled = _dump_context(call)
+            pickled = self._dump_context(call)
             self._contexts[chosen] = len(self._contexts)
         known = call.name, self._contexts[chosen]
         if self._known == known and levels is None:
@@ -332,7 +356,12 @@ def timeout_error(call: Call, what_became_of_it: str) -> TimeoutError:
     )
 
 
-def _dump_context(call: Call) -> bytes:
+def dump_context(call: Call) -> bytes:
+    """What a call sees of its executor's context, as a pickle.
+
+    Raises:
+        ExecutorError: if it cannot be pickled.
+    """
     try:
         pickled: bytes = cloudpickle.dumps(dict(call.options.context_of(call.context)))
     except Exception as error:  # pickling runs anybody's code

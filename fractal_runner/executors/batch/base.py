@@ -1,0 +1,300 @@
+"""The executor of a batch system: calls are packed into jobs, and followed to their ends.
+
+A batch system is a `Scheduler`; there is nothing here about any of them in particular. The manager's thread
+does the work; this is what callers see.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from fractal_runner.errors import ExecutorError
+from fractal_runner.executors.base import Executor, View, info_of
+from fractal_runner.executors.batch.adoption import Adoption
+from fractal_runner.executors.batch.files import make_folder
+from fractal_runner.executors.batch.jobs import Item
+from fractal_runner.executors.batch.manager import Limits, Manager
+from fractal_runner.executors.batch.packing import Packing
+from fractal_runner.executors.batch.payload import PackedCall, StoredCall, Terms
+from fractal_runner.executors.batch.scheduler import Scheduler
+from fractal_runner.executors.calls import Call, CallOptions, TaskInfo
+from fractal_runner.executors.leaving import wait_at_exit
+from fractal_runner.executors.local.pickling import dump
+from fractal_runner.executors.local.reports import dump_call
+from fractal_runner.executors.local.workers import dump_context
+from fractal_runner.quantities import parse_count, parse_size, parse_time
+
+MAX_JOBS = 1000
+PACKING_OPTIONS = frozenset({"tasks_per_job", "parallel_tasks_per_job"})
+
+
+class BatchExecutor(Executor):
+    """Runs calls in the jobs of a batch system, which outlive this process.
+
+    Calls are gathered for a moment, packed into jobs with those that need the same, and submitted as
+    arrays. Each job writes down what starts and what ends; its records decide what became of a call, and
+    the scheduler is asked about jobs that end without. Functions, arguments and results travel by pickle,
+    through `folder`.
+
+    Args:
+        scheduler: the batch system.
+        folder: where all of that is written: on a file system that the nodes share. It is made with mode
+            0700 if need be, and must be this user's own.
+        max_workers: how many calls run at a time, over all jobs; by default, as many as the jobs hold.
+        cpus, memory, gpus, time, queue, account: what a call needs that does not say; see `CallOptions`.
+        calls_per_job, parallel_calls_per_job, target_jobs, target_cpus_per_job, max_cpus_per_job,
+            target_memory_per_job, max_memory_per_job: how calls go into jobs; see `Packing`.
+        max_jobs: how many jobs wait or run at a time.
+        max_array: how many jobs an array may have; by default, as many as the scheduler takes.
+        max_time: no job asks for more time than this.
+        poll_interval: seconds between two questions to the scheduler when nothing changes; between them
+            it is one second at least.
+        pending_timeout: seconds for which a job may wait for something that will not come of itself; None
+            to let it wait.
+        grace: seconds after a job's end within which its last records must be seen; by default 1, or 10 on
+            a file system over the network.
+        submission_timeout: seconds within which a submission has to succeed whose scheduler does not answer.
+        path_map: from paths, as seen here, to the same as the nodes see them.
+        name: what it is called in logs.
+        context: a mapping that calls read with `current_context()`: a copy, as of each call's submission.
+
+    Raises:
+        ValueError: if an argument is not what it should be.
+        NotOursError: if the folder belongs to somebody else.
+        OSError: if it cannot be made.
+    """
+
+    isolates = True
+    kills = True
+    is_remote = True
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        folder: str | os.PathLike[str],
+        *,
+        max_workers: int | None = None,
+        cpus: int | None = None,
+        memory: int | float | str | None = None,
+        gpus: int | None = None,
+        time: int | float | str | None = None,
+        queue: str | None = None,
+        account: str | None = None,
+        calls_per_job: int | None = None,
+        parallel_calls_per_job: int | None = None,
+        target_jobs: int | None = None,
+        target_cpus_per_job: int | None = None,
+        max_cpus_per_job: int | None = None,
+        target_memory_per_job: int | float | str | None = None,
+        max_memory_per_job: int | float | str | None = None,
+        max_jobs: int | None = None,
+        max_array: int | None = None,
+        max_time: int | float | str | None = None,
+        poll_interval: int | float | str = 10.0,
+        pending_timeout: int | float | str | None = None,
+        grace: int | float | str | None = None,
+        submission_timeout: int | float | str = 900.0,
+        path_map: Mapping[str, str] | None = None,
+        name: str | None = None,
+        context: Mapping[str, Any] | None = None,
+    ) -> None:
+        jobs = MAX_JOBS if max_jobs is None else _parsed("max_jobs", parse_count, max_jobs)
+        at_a_time = jobs * (parallel_calls_per_job or 1) if max_workers is None else max_workers
+        super().__init__(max_workers=at_a_time, name=name, context=context)
+        chosen = {"cpus": cpus, "gpus": gpus, "time": time, "queue": queue, "account": account}
+        if memory is not None:
+            chosen["memory"] = f"{_parsed('memory', parse_size, memory)}B"
+        self._options = self._options.replaced(**{n: v for n, v in chosen.items() if v is not None})
+        self._packing = Packing.of(
+            calls_per_job=calls_per_job,
+            parallel_calls_per_job=parallel_calls_per_job,
+            target_jobs=target_jobs,
+            max_jobs=max_jobs,
+            target_cpus_per_job=target_cpus_per_job,
+            max_cpus_per_job=max_cpus_per_job,
+            target_memory_per_job=target_memory_per_job,
+            max_memory_per_job=max_memory_per_job,
+        )
+        limits = Limits(
+            max_workers=sys.maxsize if max_workers is None else self.max_workers,
+            max_jobs=jobs,
+            max_array=None if max_array is None else _parsed("max_array", parse_count, max_array),
+            max_time=_optional("max_time", max_time),
+            poll_interval=_parsed("poll_interval", parse_time, poll_interval),
+            pending_timeout=_optional("pending_timeout", pending_timeout),
+            grace=_optional("grace", grace),
+            submission_timeout=_parsed("submission_timeout", parse_time, submission_timeout),
+        )
+        self.scheduler = scheduler
+        self._path_map = {str(Path(here)): str(there) for here, there in (path_map or {}).items()}
+        self.folder = Path(folder).expanduser().absolute()  # made when something is put there
+        self._manager = Manager(
+            scheduler,
+            self.folder,
+            seen_as=self.seen_as,
+            packing=self._packing,
+            limits=limits,
+            name=self.name,
+        )
+        self._attaching = threading.Lock()  # guards the next two
+        self._adoption: Adoption | None = None
+        self._attached: weakref.WeakValueDictionary[str, Future[Any]] = weakref.WeakValueDictionary()
+        wait_at_exit(self._manager)
+        weakref.finalize(self, self._manager.close, False).atexit = False
+
+    def seen_as(self, path: str) -> str:
+        """A path, as the nodes see it."""
+        for here, there in self._path_map.items():
+            if path == here or path.startswith(f"{here}/"):
+                return there + path[len(here) :]
+        return path
+
+    def attach(self, key: str) -> Future[Any] | None:
+        """The call that an earlier process submitted under this `key` to this folder, if there is one.
+
+        One process at a time may use a folder so.
+
+        Raises:
+            JobExecutionError: if nobody can say whether there is, as the scheduler does not answer.
+            NotOursError: if something in the folder belongs to somebody else.
+        """
+        with self._attaching:
+            known = self._attached.get(key)
+            if known is not None:
+                return known
+            if self._adoption is None:
+                make_folder(self.folder)
+                self._adoption = Adoption(
+                    self.folder, self.scheduler, seen_as=self.seen_as, own=self._manager.is_own
+                )
+            found = self._adoption.find(key)
+            if found is None:
+                return None
+            job, stored = found
+            call = self._call_of(stored)
+            if not self._calls.add(call):
+                raise RuntimeError(f"cannot attach to futures after shutdown of {self.name}")
+            item = Item(call, stored.packed(), stored.payload.terms)
+            item.place = stored.place
+            self._attached[key] = item.future
+            future = item.future
+            self._manager.note(lambda: self._manager.take_on(item, job))
+            return future
+
+    def _call_of(self, stored: StoredCall) -> Call:
+        options = CallOptions(key=stored.key, name=stored.name, timeout=stored.timeout)
+        return Call(_submitted_earlier, (), {}, options=options, keeper=self._calls)
+
+    def _start(self, call: Call) -> None:
+        self._manager.put(Item(call, self._packed(call), _terms_of(call.options)))
+
+    def _stop(self, calls: Sequence[Call]) -> None:
+        running = self._manager.running
+        self._manager.stop([item for call in calls if (item := running.get(call.id)) is not None])
+
+    def _close(self, wait: bool) -> None:
+        self._manager.close(wait)
+
+    def _infos(self, calls: Sequence[Call]) -> list[TaskInfo]:
+        infos = []
+        for call in calls:
+            item = self._manager.running.get(call.id)
+            job = None if item is None else item.job
+            known: dict[str, Any] = {}
+            if item is not None and job is not None:
+                known = {"host": job.node, "pid": item.pid, "job_id": job.id}
+            infos.append(info_of(call, state="running", **known))
+        return infos
+
+    def _check_options(self, options: CallOptions) -> None:
+        extra = {name: value for name, value in options.extra.items() if name not in PACKING_OPTIONS}
+        self.scheduler.check(extra)
+        self._packing_of(options).check(cpus=options.cpus, memory=options.memory)
+        try:
+            json.dumps(dict(options.extra))
+        except TypeError as error:
+            raise ValueError(f"extra: {error}: only what JSON can have goes to a scheduler") from None
+
+    def _packing_of(self, options: CallOptions) -> Packing:
+        return self._packing.replaced(*(options.extra.get(name) for name in sorted(PACKING_OPTIONS)[::-1]))
+
+    def fitting(self, **options: Any) -> tuple[Executor, list[str]]:
+        """As `options`: jobs are made as large as their calls need."""
+        chosen = self._options.replaced(**options)
+        self._check_options(chosen)
+        return View(self, chosen), []
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """As every executor; after an exception, what has not started is cancelled: it may be much."""
+        if kind is not None:
+            self.cancel()
+        super().__exit__(kind, error, traceback)
+
+    def _packed(self, call: Call) -> PackedCall:
+        try:
+            function = bytes(dump(b"", call.fn))
+            arguments = bytes(dump(b"", (call.args, call.kwargs)))
+        except Exception as error:  # pickling runs anybody's code
+            dump_call(call)  # which says what of it cannot
+            raise ExecutorError(f"The call {call.name!r} cannot be pickled: {error}") from error
+        packed = PackedCall(
+            *(call.name, call.key, function, arguments, self._packed_context(call)),
+            timeout=call.options.timeout,
+        )
+        call.fn, call.args, call.kwargs = _submitted_earlier, (), {}  # it may wait for long
+        return packed
+
+    def _packed_context(self, call: Call) -> bytes:
+        if not call.context:
+            return _NO_CONTEXT
+        return dump_context(call)
+
+
+def _terms_of(options: CallOptions) -> Terms:
+    return Terms(
+        cpus=options.cpus,
+        memory=options.memory,
+        gpus=options.gpus,
+        time=options.time,
+        queue=options.queue,
+        account=options.account,
+        extra=dict(options.extra) or None,
+    )
+
+
+def words(given: str | Sequence[str]) -> list[str]:
+    """A command as a list of words, from text as one would type it, or from such a list."""
+    return shlex.split(given) if isinstance(given, str) else list(given)
+
+
+def _optional(name: str, value: int | float | str | None) -> float | None:
+    return None if value is None else _parsed(name, parse_time, value)
+
+
+def _parsed(name: str, parse: Any, value: Any) -> Any:
+    try:
+        return parse(value)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _submitted_earlier(*_: Any, **__: Any) -> None:
+    raise AssertionError("a call that has travelled is run here")
+
+
+_NO_CONTEXT = bytes(dump(b"", {}))

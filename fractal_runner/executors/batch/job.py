@@ -1,0 +1,343 @@
+"""The program that a job of a cluster runs: it does its share of an array's calls, and writes down how.
+
+It claims its share first, so that of two jobs for the same one only one does anything; the same job,
+started again, goes on with the calls that have not ended. Each call runs in a worker process of a local
+executor's kind; its start is on record before it runs, its end before the next one starts.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import signal
+import sys
+import threading
+import time
+from collections.abc import Hashable, Iterator
+from concurrent.futures import Future
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import cloudpickle
+
+import fractal_runner
+from fractal_runner.errors import ExecutorError, JobExecutionError
+from fractal_runner.executors.batch.files import ArrayFiles, check_ours
+from fractal_runner.executors.batch.payload import Payload, StoredCall
+from fractal_runner.executors.batch.records import Kind, RecordLog, Tail
+from fractal_runner.executors.batch.scheduler import JobPlace
+from fractal_runner.executors.calls import Call, CallOptions
+from fractal_runner.executors.local import child
+from fractal_runner.executors.local.dispatcher import Budget, Dispatcher
+from fractal_runner.executors.local.pickling import dump
+from fractal_runner.executors.local.workers import KeptProcessWorker, Surroundings
+from fractal_runner.filesystems import is_shared
+from fractal_runner.worker.memory import oom_kills
+from fractal_runner.worker.processes import host_name
+
+OUT_OF_MEMORY = "OUT_OF_MEMORY"
+DONE, DRAINED, STOPPED = "done", "time is nearly over", "stopped"
+
+_LOOK_S = 0.25  # how often the job looks whether it is told something
+_PAYLOAD_S = 30.0  # within which the payload has to be seen, over whatever network
+_TERM_GRACE_S = 1.0
+_ENDING_S = 10.0
+
+
+def run_job(directory: str, number: int, place: JobPlace) -> None:
+    """Do the share of job `number` of the array in `directory`.
+
+    Args:
+        directory: the array's, as this node sees it.
+        number: which of the array's jobs this is.
+        place: what the scheduler says of this job.
+
+    Raises:
+        NotOursError: if the directory, or something in it, is another user's.
+        OSError: if what happens cannot be written down; then nothing more is done.
+    """
+    check_ours(directory)
+    files = ArrayFiles(directory)
+    if not files.claim_for(number, place.id, node=place.node, t=time.time()):
+        print(f"Nothing to do for {place}: number {number} of {directory} is {files.claimed_by(number)}'s")
+        return
+    earlier = files.starts().get(number, 0)
+    log = _open_log(files, number)
+    try:
+        log.write(Kind.JOB, id=place.id, node=place.node, host=host_name(), pid=os.getpid(), t=time.time())
+        _Job(files, number, log, earlier).run()
+    finally:
+        log.close()
+
+
+def _open_log(files: ArrayFiles, number: int) -> RecordLog:
+    """The file for this start of the job: the first one is there, empty, and each start has its own."""
+    start = 0
+    path = files.records(number, start)
+    while os.path.exists(path) and (start > 0 or os.path.getsize(path) > 0):
+        start += 1
+        path = files.records(number, start)
+        with suppress(FileExistsError):  # by the same job, which may still write where it was cut off
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+            break
+    return RecordLog(path, sync=is_shared(Path(path)))
+
+
+class _JobCall(Call):
+    """A call of the payload. Its future is the job's own: the executor's hears of it by the records."""
+
+    __slots__ = ("stored",)
+
+    def __init__(self, stored: StoredCall, cpus: int) -> None:
+        options = CallOptions(name=stored.name, key=stored.key, cpus=cpus, timeout=stored.timeout)
+        super().__init__(len, (), {}, options=options)
+        self.stored = stored
+
+
+class _Job:
+    """One job, from its claim to its end. The main thread owns all of it but the worker processes' slots."""
+
+    def __init__(self, files: ArrayFiles, number: int, log: RecordLog, earlier: int) -> None:
+        self._files = files
+        self._number = number
+        self._log = log
+        self._earlier = earlier
+        self._control = Tail(files.control)
+        self._changed = threading.Event()
+        self._calls: dict[int, _JobCall] = {}
+        self._futures: dict[int, Future[Any]] = {}
+        self._ended = 0
+        self._near_end = False  # of the job's time; the signal handlers set these two
+        self.terminating = False
+        self.broken: BaseException | None = None  # why nothing can be written down any more
+        self.payload: Payload
+
+    def run(self) -> None:
+        try:
+            self.payload = self._find_payload()
+            calls = self.payload.calls(self._number)
+        except FileNotFoundError as error:
+            self._log.write(Kind.CLOSE, why=f"the payload is missing: {error}")
+            return
+        except ExecutorError as error:
+            self._log.write(Kind.CLOSE, why=f"the payload cannot be read: {error}")
+            return
+        if why := _differences(self.payload.header):
+            self._log.write(Kind.REFUSE, why=why)
+            return
+        sys.path.extend(place for place in self.payload.header["search"] if place not in sys.path)
+        for name, level in self.payload.header["levels"].items():
+            logging.getLogger(name or None).setLevel(level)
+        done = set(self._ended_earlier())
+        terms = self.payload.terms
+        with self._signals():
+            dispatcher = Dispatcher(
+                lambda _: _JobWorker(self, self._log),
+                max_workers=terms.parallel,
+                budget=Budget(cpus=terms.parallel * terms.cpus),
+                places=None,
+                idle_timeout=None,
+                name=f"{self._files.name}-{self._number}",
+            )
+            for stored in calls:
+                if stored.place not in done:
+                    call = _JobCall(stored, terms.cpus)
+                    self._calls[stored.place], self._futures[stored.place] = call, call.future
+            for future in list(self._futures.values()):
+                future.add_done_callback(lambda _: self._changed.set())
+            self._heed(dispatcher)
+            for call in list(self._calls.values()):
+                if not call.future.done():
+                    dispatcher.put(call)
+            why = self._see_through(dispatcher)
+            dispatcher.close(wait=self.broken is None)
+        if self.broken is not None:
+            raise self.broken
+        if self.terminating:
+            sys.exit(128 + signal.SIGTERM)  # without a last word: why, the scheduler knows
+        self._log.write(Kind.CLOSE, why=why)
+
+    def _see_through(self, dispatcher: Dispatcher) -> str:
+        """Wait until all calls have ended; why no more are started."""
+        why = DONE
+        ending_at: float | None = None
+        while any(not future.done() for future in self._futures.values()):
+            self._changed.wait(_LOOK_S)
+            self._changed.clear()
+            self._settle()
+            if self.broken is not None:
+                why = STOPPED
+                if ending_at is None:
+                    ending_at = time.monotonic() + _ENDING_S
+                    self._stop(dispatcher, list(self._futures))
+                elif time.monotonic() > ending_at:
+                    break
+            elif self.terminating or (self._near_end and self._ended):
+                why = DRAINED
+                for future in self._futures.values():
+                    future.cancel()  # those that have not started
+            why = self._heed(dispatcher) or why
+        self._settle()
+        return why
+
+    def _settle(self) -> None:
+        """Forget the calls that have ended."""
+        for place in [place for place, future in self._futures.items() if future.done()]:
+            self._ended += not self._futures.pop(place).cancelled()
+            self._calls.pop(place, None)
+
+    def _heed(self, dispatcher: Dispatcher) -> str:
+        """Do what the executor has said since the last look; why nothing more is started, if it said so."""
+        why = ""
+        with suppress(FileNotFoundError):  # somebody has removed it: there is nothing to be heard
+            for record in self._control.read():
+                if record.kind == Kind.STOP and record.fields["n"] == self._number:
+                    chosen = record.fields.get("c")
+                    if chosen is None:
+                        why = STOPPED
+                        chosen = list(self._futures)
+                    self._stop(dispatcher, chosen)
+        return why
+
+    def _stop(self, dispatcher: Dispatcher, places: list[int]) -> None:
+        for place in places:
+            call, future = self._calls.get(place), self._futures.get(place)
+            if call is None or future is None or future.cancel():
+                continue
+            for _, slot in dispatcher.slots_of([call]):
+                slot.worker.stop(call)
+
+    def _ended_earlier(self) -> Iterator[int]:
+        """The calls that have ended in earlier starts of this job."""
+        for start in range(self._earlier):
+            with suppress(FileNotFoundError):
+                for record in Tail(self._files.records(self._number, start)).read():
+                    if record.kind in (Kind.END, Kind.FAIL):
+                        yield record.fields["c"]
+
+    def _find_payload(self) -> Payload:
+        deadline = time.monotonic() + _PAYLOAD_S
+        while True:
+            try:
+                return Payload(self._files.payload)
+            except FileNotFoundError:
+                if time.monotonic() > deadline or not is_shared(Path(self._files.payload)):
+                    raise
+            time.sleep(1)  # it was there before the job was submitted: this node does not see it yet
+
+    def _signals(self) -> Any:
+        return _Signals({signal.SIGTERM: self._on_term, signal.SIGUSR2: self._on_near_end})
+
+    def _on_term(self, number: int, frame: FrameType | None) -> None:
+        """The scheduler ends this job; it knows why, and will tell."""
+        self.terminating = True
+
+    def _on_near_end(self, number: int, frame: FrameType | None) -> None:
+        self._near_end = True
+
+
+class _Signals:
+    """Handlers of signals, as long as a `with` block lasts."""
+
+    def __init__(self, handlers: dict[int, Any]) -> None:
+        self._handlers = handlers
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        for number, handler in self._handlers.items():
+            self._before[number] = signal.signal(number, handler)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+class _JobWorker(KeptProcessWorker):
+    """A worker process of a job: what its calls do is written down."""
+
+    def __init__(self, job: _Job, log: RecordLog) -> None:
+        super().__init__(Surroundings({}))
+        self._job = job
+        self._log = log
+        self._call: Any = None
+        self._kills: int | None = None
+
+    def run(self, call: Call) -> None:
+        if self._job.broken is not None or self._job.terminating:
+            call.succeed(None)  # not a word of it: it has not started
+            return
+        self._call = call
+        self._kills = oom_kills()
+        try:
+            super().run(call)
+        except OSError as error:  # of the log: what is not written down must not be done
+            self._job.broken = error
+            call.fail(error)
+        finally:
+            self._call = None
+
+    def _announce(self, call: Call) -> None:
+        self._write(Kind.START, pid=self.pid, t=time.time())
+
+    def _dump(self, call: Call) -> bytes | memoryview:
+        return dump(child.CALL, self._call.stored.bound())
+
+    def _dump_context(self, call: Call) -> bytes:
+        return self._job.payload.blob(self._call.stored.context)
+
+    def _filter(self, call: Call) -> Hashable:
+        stored: StoredCall = self._call.stored
+        return stored.context
+
+    def _record(self, pickled: memoryview) -> None:
+        self._write(Kind.LOG, pickled)
+
+    def _report(self, call: Call, message: memoryview) -> None:
+        printed = call.future.output.encode()
+        self._write(Kind.END, printed, message, out=len(printed), t=time.time())
+        call.succeed(None)
+
+    def _fail(self, call: Call, error: BaseException) -> None:
+        code = getattr(error, "returncode", None)
+        if code == -signal.SIGTERM and not self._job.terminating:
+            time.sleep(_TERM_GRACE_S)  # whoever ends the job ends all of its processes, in any order
+        if self._job.terminating or self._job.broken is not None:
+            call.fail(error)
+            return
+        if code == -signal.SIGKILL and self._kills is not None and (oom_kills() or 0) > self._kills:
+            error = _out_of_memory(error)
+        printed = call.future.output.encode()
+        self._write(Kind.FAIL, printed, cloudpickle.dumps(error), out=len(printed), t=time.time())
+        call.fail(error)
+
+    def _write(self, kind: Kind, *data: bytes | memoryview, **fields: Any) -> None:
+        try:
+            self._log.write(kind, *data, c=self._call.stored.place, **fields)
+        except OSError as error:
+            self._job.broken = error
+            raise
+
+
+def _out_of_memory(error: BaseException) -> JobExecutionError:
+    return JobExecutionError(
+        f"{str(error).split(' (is it')[0]}: the kernel ended a process of this job for want of memory while "
+        "the call ran. Ask for more memory, or let fewer calls run at a time.",
+        reason=OUT_OF_MEMORY,
+        returncode=-signal.SIGKILL,
+    )
+
+
+def _differences(header: dict[str, Any]) -> str:
+    """In which versions this interpreter differs from the one that has pickled the calls."""
+    here = f"Python {platform.python_version()} and fractal_runner {fractal_runner.__version__}"
+    there = f"Python {header['python']} and fractal_runner {header['package']}"
+    same_python = header["python"].split(".")[:2] == list(platform.python_version_tuple()[:2])
+    if same_python and header["package"] == fractal_runner.__version__:
+        return ""
+    return (
+        f"the job runs {here} ({sys.executable} on {host_name()}), and was submitted by {there}: what one "
+        "has pickled, the other may not be able to read. Its `python` says what the nodes run."
+    )

@@ -1,0 +1,197 @@
+"""What the executor knows of its calls and of the jobs that they are in. The manager's thread owns it all."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from fractal_runner.executors.batch.files import ArrayFiles
+from fractal_runner.executors.batch.payload import PackedCall, Terms
+from fractal_runner.executors.batch.records import Record, Tail
+from fractal_runner.executors.batch.scheduler import ArrayRequest, JobState, JobStatus
+from fractal_runner.executors.calls import Call
+
+LOG_TAIL_BYTES = 4096
+
+
+class Item:
+    """A call on its way: in no job yet, or at a place in one.
+
+    Attributes:
+        call, future: it, and its future, which the call itself lets go of.
+        packed: it as it travels.
+        terms: what its job has to offer; items of equal `group` may share one.
+        job, place: where it is.
+        starts: how many starts of its job there had been when it started; 0 if it has not.
+        pid: the process that runs it.
+        stopping: whether its job has been told to end it.
+    """
+
+    __slots__ = (
+        *("__weakref__", "call", "future", "group", "job", "packed", "pid", "place", "starts"),
+        *("stopping", "terms", "tries"),
+    )
+
+    def __init__(self, call: Call, packed: PackedCall, terms: Terms) -> None:
+        self.call = call
+        self.future: Future[Any] = call.future
+        self.packed = packed
+        self.terms = terms
+        self.group = terms.group
+        self.tries = packed.tries
+        self.job: Job | None = None
+        self.place = 0
+        self.starts = 0
+        self.pid: int | None = None
+        self.stopping = False
+
+
+class Array:
+    """Jobs that were, or are being, submitted together.
+
+    Attributes:
+        files: theirs.
+        request: what the scheduler was asked for.
+        jobs: by number.
+        lost_since: since when nobody knows whether it was submitted; None if that is known.
+        tries: how many times it has been looked for since.
+    """
+
+    __slots__ = ("files", "jobs", "lost_since", "request", "terms", "tries", "why_lost")
+
+    def __init__(self, files: ArrayFiles, request: ArrayRequest, terms: Terms) -> None:
+        self.files = files
+        self.request = request
+        self.terms = terms
+        self.jobs: list[Job] = []
+        self.lost_since: float | None = None
+        self.why_lost = ""
+        self.tries = 0
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A job, and what has been heard of it. Times are of the monotonic clock.
+
+    Attributes:
+        array, number: which one it is.
+        id: the scheduler's; None until that is known.
+        items: its calls by place; those that nobody waits for are not there.
+        size: how many calls it has, whether or not somebody waits for them.
+        tails: its files of records, one per start.
+        status: the scheduler's last word.
+        node: where it runs, as itself has told.
+        closed: why it starts nothing more, as itself has told; None if it has not.
+        refused: why it did none of its calls; None if it did not refuse.
+        lost_since: since when the scheduler has not known it.
+        settle_at: when what is not known by then has to do; None as long as it is under way.
+        waiting_since: since when it has waited for something that will not come.
+        stop_by: when it is cancelled if it has not ended, having nothing left to do.
+        cancelled: whether it was cancelled by us.
+        unwatched: how many of its calls nobody here waits for; somebody else may.
+        places: how many calls it runs at a time.
+    """
+
+    array: Array
+    number: int
+    items: dict[int, Item]
+    size: int
+    places: int
+    id: str | None = None
+    tails: list[Tail] = field(default_factory=list)
+    status: JobStatus | None = None
+    node: str | None = None
+    closed: str | None = None
+    refused: str | None = None
+    lost_since: float | None = None
+    settle_at: float | None = None
+    waiting_since: float | None = None
+    stop_by: float | None = None
+    cancelled: bool = False
+    unwatched: int = 0
+
+    def __post_init__(self) -> None:
+        self.tails.append(Tail(self.array.files.records(self.number)))
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the scheduler says that it has ended, or has forgotten it."""
+        return self.settle_at is not None
+
+    @property
+    def has_started(self) -> bool:
+        """Whether it has said anything."""
+        return self.node is not None
+
+    @property
+    def damage(self) -> str:
+        """What is wrong with its files, if anything is."""
+        return "; ".join(tail.damage for tail in self.tails if tail.damage)
+
+    @property
+    def log(self) -> str:
+        return self.array.files.log(self.number)
+
+    def add_starts(self, count: int) -> None:
+        """There are files of so many starts."""
+        while len(self.tails) < count:
+            self.tails.append(Tail(self.array.files.records(self.number, len(self.tails))))
+
+    def rewind(self) -> None:
+        """Hear everything once more."""
+        for tail in self.tails:
+            tail.rewind()
+
+    def news(self) -> Iterator[tuple[int, Record]]:
+        """What it has written since the last time, and in which of its starts (counted from 1)."""
+        for start, tail in enumerate(self.tails, 1):
+            with suppress(FileNotFoundError):  # somebody has removed it: there is no news
+                for record in tail.read():
+                    yield start, record
+
+    def log_tail(self) -> str:
+        """The end of what it has printed; "" if that cannot be read."""
+        try:
+            with open(self.log, "rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size - LOG_TAIL_BYTES))
+                text = file.read().decode(errors="replace").strip()
+        except OSError:
+            return ""
+        return text if size <= LOG_TAIL_BYTES else f"[…] {text.partition(chr(10))[2]}"
+
+    @property
+    def says(self) -> str:
+        """Who it is, in words."""
+        node = self.node or (self.status and self.status.node)
+        return f"job {self.id}" + (f" on {node}" if node else "")
+
+    @property
+    def is_queued(self) -> bool:
+        return not self.has_started and (self.status is None or self.status.state == JobState.QUEUED)
+
+
+class Bell:
+    """What the manager's thread sleeps by."""
+
+    def __init__(self) -> None:
+        self._rung = threading.Event()
+
+    def ring(self) -> None:
+        if not self._rung.is_set():
+            self._rung.set()
+
+    def wait(self, seconds: float | None) -> None:
+        """Until it is rung; at most so long."""
+        self._rung.wait(seconds)
+        self._rung.clear()
+
+
+def unfinished(items: Sequence[Item] | Iterator[Item]) -> list[Item]:
+    """Those whose futures have not ended."""
+    return [item for item in items if not item.future.done()]

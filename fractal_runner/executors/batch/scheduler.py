@@ -1,0 +1,172 @@
+"""What a batch system is to the executor above it: jobs are submitted, asked about, cancelled.
+
+Each scheduler has its own words for the life of a job and its own commands. Everything above this module
+knows only what stands here; a scheduler's file holds the table from its words to ours.
+"""
+
+from __future__ import annotations
+
+import enum
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+
+class JobState(enum.IntEnum):
+    """Where a job is in its life.
+
+    A later answer counts over an earlier one in one way only: what has ended does not come back.
+    """
+
+    QUEUED = 0
+    RUNNING = 1  # also suspended or held: such jobs come back
+    LOST = 2  # the scheduler does not know it: an end only if that lasts and nothing is heard of the job
+    ENDED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class JobStatus:
+    """One answer of a scheduler about one job.
+
+    Attributes:
+        state: where the job is.
+        reason: the scheduler's own word for how it ended ("OUT_OF_MEMORY"), or for why it still waits
+            ("Priority"); None if it gave none, and for a job that has ended well.
+        returncode: the job's, as subprocess reports it: negative for a signal; None if unknown.
+        node: where it runs or ran last; None if unknown.
+        detail: the scheduler's answer in its own words, for people.
+        can_start: False for a job that waits for something that will not come of itself.
+    """
+
+    state: JobState
+    reason: str | None = None
+    returncode: int | None = None
+    node: str | None = None
+    detail: str = ""
+    can_start: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayRequest:
+    """Jobs to be submitted as one array: they differ in their number alone, which counts from 0.
+
+    Attributes:
+        name: the array's own name, which no other one has or had: what a lost reply is found by.
+        directory: where its files are, as this process sees it.
+        seen_as: the same directory, as the nodes see it.
+        count: how many jobs.
+        cpus: CPUs of each job.
+        memory: bytes of each job; None for the scheduler's default.
+        gpus: GPUs of each job.
+        time: seconds after which a job may be ended; None for the scheduler's default.
+        queue, account: where to, on whose account; None for the scheduler's defaults.
+        extra: options of the scheduler, by its own names; `Scheduler.check` has seen them.
+    """
+
+    name: str
+    directory: Path
+    seen_as: str
+    count: int
+    cpus: int
+    memory: int | None = None
+    gpus: int = 0
+    time: float | None = None
+    queue: str | None = None
+    account: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+
+class SchedulerError(RuntimeError):
+    """A scheduler's command gave no answer, or none that means anything: it may have done what it was to do.
+
+    The message has the command's own words.
+    """
+
+
+class SubmissionRefusedError(SchedulerError):
+    """The scheduler refuses an array, in its own words: it is not submitted, however often it is tried."""
+
+
+class Scheduler(ABC):
+    """A batch system, by its commands. Calls may come from several threads, and may take their time.
+
+    Each method ends: every command that it runs has a timeout.
+
+    Attributes:
+        name: what it is called ("SLURM").
+        max_array: how many jobs an array may have.
+    """
+
+    name: str
+    max_array: int
+
+    @abstractmethod
+    def check(self, extra: Mapping[str, Any]) -> Mapping[str, Any]:
+        """These options of one call, by the scheduler's own names, parsed; without those that say nothing.
+
+        Raises:
+            TypeError: if there is no such option, naming the nearest one.
+            ValueError: if a value is not what its option takes.
+        """
+
+    @abstractmethod
+    def submit(self, request: ArrayRequest) -> Sequence[str]:
+        """Submit an array, whose job number n runs `job.run_job(request.seen_as, n, place)` on a node.
+
+        Returns:
+            The ids of the jobs, in their order.
+
+        Raises:
+            SubmissionRefusedError: if there is no such array, nor will be.
+            SchedulerError: if nobody knows; `find` tells, sooner or later.
+        """
+
+    @abstractmethod
+    def find(self, request: ArrayRequest) -> Sequence[Sequence[str]]:
+        """The arrays of this request's name that the scheduler knows, whether or not their jobs have ended.
+
+        It also makes up for what a submission that was cut off has left undone.
+
+        Returns:
+            For each array the ids of its jobs, in their order.
+
+        Raises:
+            SchedulerError: if there was no answer; that is not the same as none.
+        """
+
+    @abstractmethod
+    def states(self, jobs: Collection[str]) -> Mapping[str, JobStatus]:
+        """Ask about all these jobs at once, by one command as long as none of them has ended.
+
+        Returns:
+            A status per job; `LOST` for one that the scheduler does not know.
+
+        Raises:
+            SchedulerError: if there was no answer. It says nothing about the jobs.
+        """
+
+    @abstractmethod
+    def cancel(self, jobs: Collection[str]) -> None:
+        """End these jobs, whether they wait or run. Jobs that have ended are no mistake, nor is none.
+
+        Raises:
+            SchedulerError: if it could not be said.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class JobPlace:
+    """Which job it is that runs here, as the scheduler has told it.
+
+    Attributes:
+        id: the job's id, as `Scheduler.submit` returned it.
+        restart: how many times it was started before.
+        node: the node's name, as the scheduler has it.
+    """
+
+    id: str
+    restart: int
+    node: str
