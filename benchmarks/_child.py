@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-_TOP = Path(__file__).resolve().parent.parent
+TOP = Path(__file__).resolve().parent.parent
 
 
 class Child:
@@ -29,7 +29,7 @@ class Child:
         self.function = function
         self._popen = subprocess.Popen(
             [sys.executable, "-m", "benchmarks._child", function, json.dumps(arguments)],
-            cwd=_TOP,
+            cwd=TOP,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

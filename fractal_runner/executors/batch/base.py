@@ -23,10 +23,11 @@ from fractal_runner.executors.base import Executor, View, info_of
 from fractal_runner.executors.batch.adoption import Adoption
 from fractal_runner.executors.batch.files import make_folder
 from fractal_runner.executors.batch.jobs import Item
-from fractal_runner.executors.batch.manager import Limits, Manager
+from fractal_runner.executors.batch.manager import Manager
 from fractal_runner.executors.batch.packing import Packing
 from fractal_runner.executors.batch.payload import PackedCall, StoredCall, Terms
 from fractal_runner.executors.batch.scheduler import Scheduler
+from fractal_runner.executors.batch.submitting import Limits
 from fractal_runner.executors.calls import Call, CallOptions, TaskInfo
 from fractal_runner.executors.leaving import wait_at_exit
 from fractal_runner.executors.local.pickling import dump
@@ -188,7 +189,7 @@ class BatchExecutor(Executor):
             item.place = stored.place
             self._attached[key] = item.future
             future = item.future
-            self._manager.note(lambda: self._manager.take_on(item, job))
+            self._manager.take_on(item, job)
             return future
 
     def _call_of(self, stored: StoredCall) -> Call:
@@ -199,8 +200,7 @@ class BatchExecutor(Executor):
         self._manager.put(Item(call, self._packed(call), _terms_of(call.options)))
 
     def _stop(self, calls: Sequence[Call]) -> None:
-        running = self._manager.running
-        self._manager.stop([item for call in calls if (item := running.get(call.id)) is not None])
+        self._manager.stop([item for call in calls if (item := self._manager.running(call.id)) is not None])
 
     def _close(self, wait: bool) -> None:
         self._manager.close(wait)
@@ -208,7 +208,7 @@ class BatchExecutor(Executor):
     def _infos(self, calls: Sequence[Call]) -> list[TaskInfo]:
         infos = []
         for call in calls:
-            item = self._manager.running.get(call.id)
+            item = self._manager.running(call.id)
             job = None if item is None else item.job
             known: dict[str, Any] = {}
             if item is not None and job is not None:

@@ -33,7 +33,7 @@ from fractal_runner.executors.calls import Call, CallOptions
 from fractal_runner.executors.local import child
 from fractal_runner.executors.local.dispatcher import Budget, Dispatcher
 from fractal_runner.executors.local.pickling import dump
-from fractal_runner.executors.local.workers import KeptProcessWorker, Surroundings
+from fractal_runner.executors.local.workers import KeptForkWorker, Surroundings
 from fractal_runner.filesystems import is_shared
 from fractal_runner.worker.memory import oom_kills
 from fractal_runner.worker.processes import host_name
@@ -255,7 +255,7 @@ class _Signals:
             signal.signal(number, handler)
 
 
-class _JobWorker(KeptProcessWorker):
+class _JobWorker(KeptForkWorker):
     """A worker process of a job: what its calls do is written down."""
 
     def __init__(self, job: _Job, log: RecordLog) -> None:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fractal_runner.executors.batch.files import ArrayFiles
 from fractal_runner.executors.batch.payload import PackedCall, Terms
 from fractal_runner.executors.batch.records import Record, Tail
-from fractal_runner.executors.batch.scheduler import ArrayRequest, JobState, JobStatus
+from fractal_runner.executors.batch.scheduler import ArrayRequest, JobStatus
 from fractal_runner.executors.calls import Call
 
 LOG_TAIL_BYTES = 4096
@@ -49,6 +48,10 @@ class Item:
         self.starts = 0
         self.pid: int | None = None
         self.stopping = False
+
+    def travelling(self) -> PackedCall:
+        """It as it travels, this time."""
+        return self.packed if self.tries == self.packed.tries else replace(self.packed, tries=self.tries)
 
 
 class Array:
@@ -86,6 +89,7 @@ class Job:
         tails: its files of records, one per start.
         status: the scheduler's last word.
         node: where it runs, as itself has told.
+        unreadable: why its files could not be read the last time; "" if they could.
         closed: why it starts nothing more, as itself has told; None if it has not.
         refused: why it did none of its calls; None if it did not refuse.
         lost_since: since when the scheduler has not known it.
@@ -106,6 +110,7 @@ class Job:
     tails: list[Tail] = field(default_factory=list)
     status: JobStatus | None = None
     node: str | None = None
+    unreadable: str = ""
     closed: str | None = None
     refused: str | None = None
     lost_since: float | None = None
@@ -131,7 +136,7 @@ class Job:
     @property
     def damage(self) -> str:
         """What is wrong with its files, if anything is."""
-        return "; ".join(tail.damage for tail in self.tails if tail.damage)
+        return "; ".join(filter(None, (self.unreadable, *(tail.damage for tail in self.tails))))
 
     @property
     def log(self) -> str:
@@ -171,27 +176,41 @@ class Job:
         node = self.node or (self.status and self.status.node)
         return f"job {self.id}" + (f" on {node}" if node else "")
 
-    @property
-    def is_queued(self) -> bool:
-        return not self.has_started and (self.status is None or self.status.state == JobState.QUEUED)
 
+class Roster:
+    """The jobs that are followed: from the moment at which they are about to be submitted.
 
-class Bell:
-    """What the manager's thread sleeps by."""
+    Attributes:
+        jobs: they, in order.
+        places: how many calls they run at a time, together.
+        running: calls that are known to run, by id; for whoever looks, from any thread.
+        names: of all arrays that were made here.
+    """
 
     def __init__(self) -> None:
-        self._rung = threading.Event()
+        self.jobs: dict[Job, None] = {}
+        self.places = 0
+        self.running: dict[int, Item] = {}
+        self.names: set[str] = set()
 
-    def ring(self) -> None:
-        if not self._rung.is_set():
-            self._rung.set()
+    def add(self, job: Job) -> None:
+        if job not in self.jobs:
+            self.jobs[job] = None
+            self.places += job.places
 
-    def wait(self, seconds: float | None) -> None:
-        """Until it is rung; at most so long."""
-        self._rung.wait(seconds)
-        self._rung.clear()
+    def drop(self, job: Job) -> list[Item]:
+        """Follow a job no more; those of its calls that have not ended."""
+        if job in self.jobs:
+            del self.jobs[job]
+            self.places -= job.places
+        items = list(job.items.values())
+        job.items.clear()
+        for item in items:
+            self.running.pop(item.call.id, None)
+            item.job = None
+        return [item for item in items if not item.future.done()]
 
-
-def unfinished(items: Sequence[Item] | Iterator[Item]) -> list[Item]:
-    """Those whose futures have not ended."""
-    return [item for item in items if not item.future.done()]
+    @property
+    def has_queued_work(self) -> bool:
+        """Whether jobs have so much to do that there is no hurry to submit more."""
+        return any(len(job.items) > 2 * job.places for job in self.jobs)

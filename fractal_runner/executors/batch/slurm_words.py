@@ -121,6 +121,7 @@ _NO_NODE = {"", "n/a", "N/A", "(null)", "None", "None assigned"}
 _NO_REASON = {"", "None", "(null)"}
 _SQUEUE_ROW = re.compile(r"(\d+)\|([^|]*)\|([^|]*)\|([^|]*)\|([^|]*)\|(.*?)\|?")
 _SACCT_ROW = re.compile(r"(\d+)(?:_(?:(\d+)|\[([^\]|]*)\]))?(?:\.([^|]*))?\|([^|]*)\|([^|]*)\|([^|]*)")
+_ARRAY_ID = re.compile(r"\s*(\d+)(?=[_|]|$)", re.ASCII)
 _SPAN = re.compile(r"(\d{1,9})(?:-(\d{1,9})(?::(\d{1,9}))?)?", re.ASCII)
 _OLDEST_SIGNAL, _NEWEST_SIGNAL = 1, 64  # above it are numbers that Slurm has made up: 125 for lack of memory
 
@@ -191,7 +192,7 @@ def read_sacct(text: str) -> Answer:
 
 def read_array_ids(text: str) -> set[str]:
     """The ids of the arrays whose rows these are, of either command."""
-    return {match[1] for line in text.splitlines() if (match := re.match(r"\s*(\d+)\b", line))}
+    return {match[1] for line in text.splitlines() if (match := _ARRAY_ID.match(line))}
 
 
 def read_returncode(text: str) -> int | None:

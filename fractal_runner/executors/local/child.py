@@ -11,6 +11,7 @@ import logging
 import multiprocessing
 import os
 import pickle
+import random
 import signal
 import sys
 import threading
@@ -63,6 +64,7 @@ class Setup:
         ledger: the name of the evidence files that its slot writes.
         inherited: further descriptors that its children need.
         not_ours: descriptors that a fork has copied and which are the parent's alone.
+        forked: whether it is a copy of its parent.
     """
 
     output: InheritedFd
@@ -70,6 +72,7 @@ class Setup:
     ledger: str
     inherited: tuple[InheritedFd, ...] = ()
     not_ours: tuple[int, ...] = ()
+    forked: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +96,9 @@ def serve(connection: Connection, setup: Setup) -> None:
     contexts: dict[int, Mapping[str, Any]] = {}
     settings = Settings("", (0, None), None)
     handler = _Forward(reporter)
+    if setup.forked:
+        _forget_handlers()
+        _reseed()
     logging.getLogger().addHandler(handler)
     reporter.send(STARTED)
     while True:
@@ -124,10 +130,8 @@ def run_once(connection: Connection, setup: Setup, call: Call) -> None:
     """Do one call, which is in this process's memory already: what a forked child does."""
     reporter = _arrive(connection, setup)
     handler = _Forward(reporter)
-    for logger in _loggers().values():
-        logger.handlers.clear()  # the parent's; it gets every record, and handles it there
-        logger.propagate = True
-    logging.getLogger().handlers[:] = [handler]
+    _forget_handlers()
+    logging.getLogger().addHandler(handler)
     bear_name(call.name)
     reporter.send(STARTED)
     _do(reporter, call)
@@ -285,6 +289,21 @@ def _settle(settings: Settings, contexts: dict[int, Mapping[str, Any]]) -> None:
 def _loggers() -> dict[str, logging.Logger]:
     known = logging.root.manager.loggerDict
     return {name: logger for name, logger in list(known.items()) if isinstance(logger, logging.Logger)}
+
+
+def _forget_handlers() -> None:
+    """Those that a fork has copied are the parent's; it gets every record, and handles it there."""
+    for logger in _loggers().values():
+        logger.handlers.clear()
+        logger.propagate = True
+    logging.getLogger().handlers.clear()
+
+
+def _reseed() -> None:
+    """A fork has copied the state of random generators, and its siblings have the same."""
+    random.seed()
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed()
 
 
 def _flush() -> None:

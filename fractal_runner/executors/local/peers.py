@@ -96,6 +96,7 @@ class Peer:
             ledger,
             tuple(map(child.InheritedFd, inherited)),
             (ours.fileno(), self._line.fd) if forked else (),
+            forked,
         )
         try:
             with _Starting.lock:

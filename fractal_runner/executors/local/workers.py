@@ -8,6 +8,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -260,14 +261,17 @@ class KeptProcessWorker(_ProcessWorker):
 
     def _fresh(self, environment: dict[str, str]) -> Peer:
         try:
-            return self._start(
-                get_context("loky").Process,
-                child.serve,
-                environment=environment,
-                start_timeout=_PROCESS_START_S,
-            )
+            return self._start_fresh(environment)
         except NotStartedError as error:
             raise JobExecutionError(f"{error}.") from None
+
+    def _start_fresh(self, environment: dict[str, str]) -> Peer:
+        return self._start(
+            get_context("loky").Process,
+            child.serve,
+            environment=environment,
+            start_timeout=_PROCESS_START_S,
+        )
 
     def _changed_settings(self, call: Call) -> child.Settings | None:
         """What the process does not know yet of what the call needs."""
@@ -295,6 +299,23 @@ class KeptProcessWorker(_ProcessWorker):
             return None
         self._levels = levels
         return levels
+
+
+class KeptForkWorker(KeptProcessWorker):
+    """A fork of this process that is kept as well: there at once, with all that is imported here.
+
+    For a process that has nothing to hide from its calls, and no threads but ours.
+    """
+
+    def _start_fresh(self, environment: dict[str, str]) -> Peer:
+        make = partial(
+            self._start, ForkProcess, child.serve, environment=environment, start_timeout=_FORK_START_S
+        )
+        try:
+            return make(forked=True)
+        except NotStartedError as error:
+            _logger.warning("%s: forking once more", error)
+            return make(forked=True)
 
 
 class SpawnWorker(KeptProcessWorker):

@@ -1,0 +1,319 @@
+"""Calls on their way to the scheduler: gathered, packed, submitted; looked for if the answer was lost."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fractal_runner.executors.batch import verdicts
+from fractal_runner.executors.batch.adoption import PREFIX
+from fractal_runner.executors.batch.errands import Errands, Note
+from fractal_runner.executors.batch.files import ArrayFiles, make_folder, put
+from fractal_runner.executors.batch.jobs import Array, Item, Job, Roster
+from fractal_runner.executors.batch.packing import Packing
+from fractal_runner.executors.batch.payload import PackedCall, Terms, write_payload
+from fractal_runner.executors.batch.scheduler import (
+    ArrayRequest,
+    Scheduler,
+    SchedulerError,
+    SubmissionRefusedError,
+)
+from fractal_runner.executors.local import child
+
+_GATHER_S, _GATHER_LIMIT_S, _GATHER_BUSY_S = 0.1, 1.0, 5.0
+_FIND_S, _FIND_LIMIT_S = 2.0, 60.0
+_logger = logging.getLogger("fractal_runner")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What bounds an executor.
+
+    Attributes:
+        max_workers: calls that run at a time, over all jobs.
+        max_jobs: jobs that wait or run at a time.
+        max_array: jobs in an array; None for as many as the scheduler takes.
+        max_time: seconds that no job asks for more than; None for no bound.
+        poll_interval: seconds between two questions to the scheduler, when nothing changes.
+        pending_timeout: seconds for which a job may wait for what will not come; None for ever.
+        grace: seconds after a job's end within which its last words have to be seen; None to choose.
+        submission_timeout: seconds within which a submission has to succeed.
+    """
+
+    max_workers: int
+    max_jobs: int
+    max_array: int | None
+    max_time: float | None
+    poll_interval: float
+    pending_timeout: float | None
+    grace: float | None
+    submission_timeout: float
+
+
+class Submitting:
+    """Calls that are in no job yet, and arrays whose submission is not sure. The manager's thread owns it.
+
+    Args:
+        scheduler: the batch system.
+        folder: where arrays have their directories.
+        seen_as: a path, as the nodes see it.
+        packing, limits: see there.
+        roster: the jobs that are followed.
+        errands: the threads beside the manager's.
+        on_submitted: is told of arrays that the scheduler has taken.
+        on_void: is told of jobs that will never do anything.
+        name: the executor's.
+        clock: seconds, which never go back.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        folder: Path,
+        *,
+        seen_as: Callable[[str], str],
+        packing: Packing,
+        limits: Limits,
+        roster: Roster,
+        errands: Errands,
+        on_submitted: Callable[[Array], None],
+        on_void: Callable[[Job], None],
+        name: str,
+        clock: Callable[[], float],
+    ) -> None:
+        self._scheduler = scheduler
+        self._folder = folder
+        self._seen_as = seen_as
+        self._packing = packing
+        self._limits = limits
+        self._roster = roster
+        self._errands = errands
+        self._on_submitted = on_submitted
+        self._on_void = on_void
+        self._name = name
+        self._clock = clock
+        self.incoming: deque[Item] = deque()  # left by whoever submits, from any thread
+        self._waiting: dict[str, deque[Item]] = {}  # by what they need
+        self._first_at = self._newest_at = (
+            0.0  # when the first and the newest of those came that are gathered
+        )
+        self._lost: deque[Array] = deque()
+        self._find_at = 0.0
+
+    @property
+    def is_gathering(self) -> bool:
+        """Whether it looks for further calls by itself, soon."""
+        return self._first_at > 0
+
+    @property
+    def is_idle(self) -> bool:
+        return not (self.incoming or self._waiting or self._lost)
+
+    def due(self) -> float:
+        """When there is something to do."""
+        due = self._gathered_at() if self._first_at else math.inf
+        return min(due, self._find_at) if self._lost and not self._errands.asking else due
+
+    def again(self, item: Item) -> None:
+        """Put a call into another job."""
+        self._waiting.setdefault(item.group, deque()).append(item)
+        self._newest_at = self._clock()
+        self._first_at = self._first_at or self._newest_at
+
+    def there_is_room(self) -> None:
+        """A job is followed no more: what had to wait for that does not, any longer."""
+        if self._waiting and not self._first_at:
+            self._newest_at = self._clock()
+            self._first_at = self._newest_at - _GATHER_LIMIT_S
+
+    def gather(self) -> None:
+        """Take in calls, and submit them once no more have come for a moment."""
+        now = self._clock()
+        while self.incoming:
+            item = self.incoming.popleft()
+            self._newest_at = now
+            self._first_at = self._first_at or now
+            if not item.future.done():
+                self._waiting.setdefault(item.group, deque()).append(item)
+        if self._first_at and now >= self._gathered_at():
+            self._first_at = 0.0
+            for group in list(self._waiting):
+                items = deque(item for item in self._waiting.pop(group) if not item.future.done())
+                while items:
+                    if not self._pack(items):
+                        self._waiting[group] = items
+                        break
+
+    def look_for(self) -> None:
+        """Find out about submissions whose answers were lost."""
+        if self._lost and self._clock() >= self._find_at and not self._errands.asking:
+            array = self._lost.popleft()
+            self._errands.ask(lambda: self._found(array), lambda error: self._not_found(array, error))
+
+    def _gathered_at(self) -> float:
+        """Until when further calls are waited for."""
+        if self._roster.has_queued_work:
+            return self._first_at + _GATHER_BUSY_S
+        return min(self._newest_at + _GATHER_S, self._first_at + _GATHER_LIMIT_S)
+
+    def _pack(self, items: deque[Item]) -> bool:
+        """Put some of these calls, which need the same, into an array; False if there is no room for one."""
+        limits, terms = self._limits, items[0].terms
+        places = limits.max_workers - self._roster.places
+        room = min(limits.max_jobs - len(self._roster.jobs), places)
+        if room < 1:
+            return False
+        extra = terms.extra or {}
+        needs: dict[str, Any] = {"cpus": terms.cpus, "memory": terms.memory, "gpus": terms.gpus}
+        try:
+            packing = self._packing.replaced(extra.get("tasks_per_job"), extra.get("parallel_tasks_per_job"))
+            packed = packing.pack(len(items), **needs)
+            parallel = min(packed.parallel_calls_per_job, places)
+            if parallel < packed.parallel_calls_per_job:
+                packed = packing.replaced(None, parallel).pack(len(items), **needs)
+        except ValueError as error:
+            for item in items:
+                item.call.fail(error)
+            items.clear()
+            return True
+        # As many jobs as there would be if there were room for all of them: a few do not get everything.
+        at_most = max(1, min(limits.max_jobs, limits.max_workers // parallel))
+        per_job = max(packed.calls_per_job, math.ceil(len(items) / at_most))
+        jobs = min(room, max(1, places // parallel), limits.max_array or self._scheduler.max_array)
+        chosen = [items.popleft() for _ in range(min(len(items), jobs * per_job))]
+        count = math.ceil(len(chosen) / per_job)
+        # What came first is started first, whichever job it is in.
+        self._submit([chosen[number::count] for number in range(count)], terms, parallel)
+        return True
+
+    def _submit(self, slices: list[list[Item]], terms: Terms, parallel: int) -> Array:
+        rounds = math.ceil(len(slices[0]) / parallel)
+        time_s = None if terms.time is None else terms.time * rounds
+        if time_s is not None and self._limits.max_time is not None:
+            time_s = min(time_s, self._limits.max_time)
+        needs: dict[str, Any] = {
+            "cpus": terms.cpus * parallel,
+            "memory": None if terms.memory is None else terms.memory * parallel,
+            "gpus": terms.gpus * parallel,
+            "time": time_s,
+        }
+        name = f"{PREFIX}{time.strftime('%m%d-%H%M%S')}-{uuid.uuid4().hex[:12]}"
+        files = ArrayFiles(self._folder / name)
+        request = ArrayRequest(
+            name=name,
+            directory=Path(files.directory),
+            seen_as=self._seen_as(files.directory),
+            count=len(slices),
+            queue=terms.queue,
+            account=terms.account,
+            extra=terms.extra or {},
+            **needs,
+        )
+        array = Array(files, request, replace(terms, parallel=parallel, job=needs))
+        self._roster.names.add(name)
+        packed = []
+        for number, items in enumerate(slices):
+            job = Job(array, number, dict(enumerate(items)), len(items), parallel)
+            for place, item in enumerate(items):
+                item.job, item.place, item.starts, item.pid = job, place, 0, None
+            array.jobs.append(job)
+            self._roster.add(job)
+            packed.append([item.travelling() for item in items])
+        self._errands.submit(
+            lambda: self._make_and_submit(array, packed), lambda error: self._is_lost(array, error)
+        )
+        return array
+
+    def _make_and_submit(self, array: Array, slices: list[list[PackedCall]]) -> Note:
+        """Write what the jobs are to do, and submit them. In the thread that submits."""
+        try:
+            make_folder(self._folder)
+            array.files.make(array.request.count)
+            write_payload(array.files.payload, slices, array.terms, levels=child.levels_in_force())
+        except (OSError, RuntimeError) as error:  # a full disk, a folder that is not ours
+            failure = error
+            return lambda: self._refused(array, failure, verdicts.NOT_SUBMITTED)
+        try:
+            ids = self._scheduler.submit(array.request)
+        except SubmissionRefusedError as error:
+            refusal = error
+            return lambda: self._refused(array, refusal, verdicts.REFUSED)
+        return lambda: self._submitted(array, ids)
+
+    def _submitted(self, array: Array, ids: Sequence[str | None]) -> None:
+        array.lost_since = None
+        for job, id in zip(array.jobs, ids, strict=True):
+            job.id = id
+        try:
+            put(array.files.jobs, json.dumps(list(ids)).encode())
+        except OSError as error:  # they can be found by the array's name, too
+            _logger.warning("%s: the ids of %s are not written down: %s", self._name, array.files.name, error)
+        self._on_submitted(array)
+
+    def _refused(self, array: Array, error: Exception, reason: str) -> None:
+        for job in array.jobs:
+            for item in self._roster.drop(job):
+                item.call.fail(verdicts.unsubmitted(item, array, error, reason=reason))
+        self.there_is_room()
+
+    def _is_lost(self, array: Array, error: Exception) -> None:
+        _logger.warning("%s: was %s submitted? %s", self._name, array.files.name, error)
+        array.why_lost = str(error)
+        array.lost_since = array.lost_since or self._clock()
+        self._look_later(array)
+
+    def _look_later(self, array: Array) -> None:
+        self._find_at = self._clock() + min(_FIND_S * 2**array.tries, _FIND_LIMIT_S)
+        array.tries += 1
+        self._lost.append(array)
+
+    def _found(self, array: Array) -> Note:
+        """In the thread that asks. Claiming what nobody has keeps a late job from doing anything."""
+        found = self._scheduler.find(array.request)
+        if found:
+            first, *others = found
+            if spare := [id for ids in others for id in ids]:
+                self._scheduler.cancel(spare)
+            return lambda: self._submitted(array, first)
+        files = array.files
+        void = [files.claim_for(job.number, None, void=True) for job in array.jobs]
+        if all(void):
+            shutil.rmtree(files.directory, ignore_errors=True)  # a late job finds nothing to do
+            return lambda: self._submit_again(array)
+        # Jobs are there, whatever the scheduler says, and their claims have their ids.
+        ids = [(files.claimed_by(job.number) or {}).get("job") for job in array.jobs]
+        return lambda: self._partly_there(array, ids)
+
+    def _partly_there(self, array: Array, ids: Sequence[str | None]) -> None:
+        self._submitted(array, ids)
+        for job in array.jobs:
+            if job.id is None:
+                self._on_void(job)
+
+    def _not_found(self, array: Array, error: Exception) -> None:
+        if self._is_too_late(array):
+            self._refused(array, error, verdicts.NOT_SUBMITTED)
+        else:
+            self._look_later(array)
+
+    def _submit_again(self, array: Array) -> None:
+        if self._is_too_late(array):
+            self._refused(array, SchedulerError(array.why_lost), verdicts.NOT_SUBMITTED)
+            return
+        slices = [items for job in array.jobs if (items := self._roster.drop(job))]
+        if slices:
+            again = self._submit(slices, replace(array.terms, job=None), array.terms.parallel)
+            again.tries, again.lost_since = array.tries, array.lost_since
+
+    def _is_too_late(self, array: Array) -> bool:
+        since = self._clock() if array.lost_since is None else array.lost_since
+        return self._clock() - since > self._limits.submission_timeout
