@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,33 +101,91 @@ class SimulatedScheduler(Scheduler):
         """What is to be cancelled has ended, or soon will have."""
 
 
-def _main(ended: str, seconds: float, result: str) -> None:
-    """The process that writes: arrays come on stdin."""
+class _Job:
+    """A job that is being written.
+
+    Args:
+        directory: its array's.
+        number: which one of the array it is.
+        id: the scheduler's.
+        seconds: how long it is to take.
+    """
+
+    def __init__(self, payload: Payload, directory: str, number: int, id: str, seconds: float) -> None:
+        files = ArrayFiles(directory)
+        self.id = id
+        self._log = RecordLog(files.records(number), sync=False)
+        self._size = payload.size(number)
+        self._pause = seconds / self._size
+        files.claim_for(number, id, node="n1", t=time.time())
+        self._log.write(Kind.JOB, id=id, node="n1", host="n1", pid=os.getpid(), t=time.time())
+
+    def run(self, values: Callable[[int], Any]) -> Iterator[float]:
+        """Write what it writes; each number is how many seconds it pauses."""
+        for place in range(self._size):
+            self._log.write(Kind.START, pid=os.getpid(), t=time.time(), c=place)
+            yield self._pause
+            message = dump(child.RESULT + child.SILENT, values(place))
+            self._log.write(Kind.END, message, out=0, t=time.time(), c=place)
+        self._log.write(Kind.CLOSE, why="done")
+        self._log.close()
+
+
+def _number(place: int) -> int:
+    return place
+
+
+def _unit(place: int) -> UnitResult:
+    now = time.time()
+    return UnitResult(
+        key=f"0190b0c5/0/unit/{place}/0",
+        digest="sha256:" + "5" * 64,
+        returncode=0,
+        output={"image_list_updates": [{"zarr_url": f"/data/plate.zarr/B/03/{place}", "types": {"a": True}}]},
+        host="n1",
+        pid=os.getpid(),
+        started=now,
+        ended=now,
+        cpu_s=0.01,
+        peak_bytes=50_000_000,
+    )
+
+
+_VALUES: dict[str, Callable[[int], Any]] = {"number": _number, "unit": _unit}
+
+
+def _write(ended: str, seconds: float, values: Callable[[int], Any]) -> None:
+    """The process that writes. Arrays come on stdin; it ends with it."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a file per job that runs
     arrays: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(arrays,), daemon=True).start()
-    jobs: list[tuple[float, int, Iterator[float]]] = []
-    counter = itertools.count()
     ended_fd = os.open(ended, os.O_WRONLY | os.O_APPEND)
+    numbers = itertools.count()  # what is due at the same time is done in turns
+    due: list[tuple[float, int, str, Iterator[float]]] = []
     while True:
-        while not jobs or not arrays.empty():
+        while not due or not arrays.empty():
             array = arrays.get()
             if array is None:
                 return
-            files, payload = ArrayFiles(array["directory"]), Payload(f"{array['directory']}/payload")
+            directory, now = array["directory"], time.monotonic()
+            payload = Payload(f"{directory}/payload")
             for number, id in enumerate(array["ids"]):
-                job = _job(files, payload, number, id, seconds, result)
-                jobs.append((time.monotonic(), next(counter), job))
-            heapq.heapify(jobs)
-        due, _, job = heapq.heappop(jobs)
-        time.sleep(max(0.0, due - time.monotonic()))
-        pause = next(job, None)
-        if pause is None:
-            os.write(ended_fd, f"{array['ids'][0].partition('_')[0]}".encode() and job_id(job))
+                job = _Job(payload, directory, number, id, seconds)
+                heapq.heappush(due, (now, next(numbers), id, job.run(values)))
+        at, _, id, running = heapq.heappop(due)
+        time.sleep(max(0.0, at - time.monotonic()))
+        if (pause := next(running, None)) is None:
+            os.write(ended_fd, f"{id}\n".encode())
         else:
-            heapq.heappush(jobs, (due + pause, next(counter), job))
+            heapq.heappush(due, (at + pause, next(numbers), id, running))
+
+
+def _receive(arrays: queue.SimpleQueue[dict[str, Any] | None]) -> None:
+    for line in sys.stdin:
+        arrays.put(json.loads(line))
+    arrays.put(None)
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1], float(sys.argv[2]), sys.argv[3])
+    _write(sys.argv[1], float(sys.argv[2]), _VALUES[sys.argv[3]])
