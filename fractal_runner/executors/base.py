@@ -58,6 +58,7 @@ class Executor(futures.Executor):
         kills: a call that runs can be ended, by `stop` and by its `timeout`.
         is_remote: calls may run on other machines than this one.
         in_process: calls run in this very process.
+        packs: calls are put together: the more of them it sees at a time, the better.
         max_workers: how many calls run at a time.
         name: what it is called in logs.
 
@@ -72,6 +73,7 @@ class Executor(futures.Executor):
     kills: bool = False
     is_remote: bool = False
     in_process: bool = False
+    packs: bool = False
 
     def __init__(
         self,
@@ -358,6 +360,7 @@ class View(Executor):
         self.kills = executor.kills
         self.is_remote = executor.is_remote
         self.in_process = executor.in_process
+        self.packs = executor.packs
 
     def _start(self, call: Call) -> None:
         self._executor._start(call)

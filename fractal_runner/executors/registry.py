@@ -210,6 +210,10 @@ class Executors:
         executor = self.get(name)
         return isinstance(executor, ThreadPoolExecutor) or getattr(executor, "in_process", False) is True
 
+    def packs(self, name: str | None = None) -> bool:
+        """Whether the executor puts calls together, the more of them the better."""
+        return getattr(self.get(name), "packs", False) is True
+
     def takes_back(self, name: str | None = None) -> bool:
         """Whether calls that have not started can be cancelled one by one.
 

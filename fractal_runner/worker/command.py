@@ -197,7 +197,7 @@ def _run_command(
         output=output,
         output_error=output_error,
         log_tail="" if code == 0 and output_error is None and reason is None else log_tail(spec.log_file),
-        host=processes.host_name(),
+        host=processes.node_name(),
         pid=child.pid,
         started=started,
         ended=time.time(),
@@ -299,7 +299,7 @@ def _not_started(spec: UnitSpec, reason: str, message: str) -> UnitResult:
         digest=spec.digest,
         reason=reason,
         message=message,
-        host=processes.host_name(),
+        host=processes.node_name(),
         started=now,
         ended=now,
     )
@@ -324,7 +324,7 @@ def _not_executed(spec: UnitSpec, word: str, error: OSError, started: float) -> 
         digest=spec.digest,
         returncode=_EXEC_CODES[error.errno],
         message=f"{word!r} cannot be executed: {why}.",
-        host=processes.host_name(),
+        host=processes.node_name(),
         started=started,
         ended=time.time(),
     )

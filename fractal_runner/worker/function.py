@@ -112,7 +112,7 @@ def _call(spec: UnitSpec) -> UnitResult:
         signal=processes.signal_name(-code) if code < 0 else None,
         output=output,
         log_tail=tail,
-        host=processes.host_name(),
+        host=processes.node_name(),
         pid=os.getpid(),
         started=started,
         ended=time.time(),
@@ -139,7 +139,7 @@ def _call_with_deadline(spec: UnitSpec, timeout_s: float) -> UnitResult:
             f"It ran longer than its timeout of {timeout_s:g} s. A function in a thread cannot be ended: "
             "it was left running. Over an executor of processes it would have been."
         ),
-        host=processes.host_name(),
+        host=processes.node_name(),
         pid=os.getpid(),
         started=started,
         ended=time.time(),
@@ -163,7 +163,7 @@ def _call_guarded(spec: UnitSpec, stop: StopRequest) -> UnitResult:
             signal="SIGTERM",
             reason=guard.reason,
             message=guard.message,
-            host=processes.host_name(),
+            host=processes.node_name(),
             pid=os.getpid(),
             started=started,
             ended=time.time(),

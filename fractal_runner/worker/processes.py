@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+NODE_VARIABLE = "FRACTAL_RUNNER_NODE"  # set by jobs
+
 _PROC = "/proc"
 _PAUSE_S = 0.02
 _LONGEST_PAUSE_S = 0.1
@@ -59,6 +61,11 @@ def is_same_process(who: Identity) -> bool:
 @functools.cache
 def host_name() -> str:
     return os.uname().nodename
+
+
+def node_name() -> str:
+    """This host as a batch system calls it, where a job has said so; a node may have several names."""
+    return os.environ.get(NODE_VARIABLE) or host_name()
 
 
 @functools.cache

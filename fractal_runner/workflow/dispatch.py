@@ -17,6 +17,7 @@ from fractal_runner.worker.spec import UnitResult
 from fractal_runner.workflow.units import Unit
 
 DEFAULT_WINDOW = 1000
+PACKING_WINDOW = 20_000  # of what is not submitted by then, a cluster would get many small arrays
 LOCAL_WINDOW = 128  # a deeper queue gains nothing there, and each unit in it is recorded twice
 _BATCH = 256
 _TICK_S = 0.2

@@ -87,8 +87,10 @@ class Explain:
 
     def _around(self, unit: Unit, error: BaseException) -> JobExecutionError:
         """What an executor raised instead of a result."""
+        job: dict[str, Any] = {}
         if isinstance(error, JobExecutionError):
             code, reason, info = error.returncode, error.reason, str(error)
+            job = {name: getattr(error, name) for name in ("job_id", "node", "stdout_file", "stderr_file")}
         else:
             words = str(error) or type(error).__name__
             code, reason, info = None, type(error).__name__, f"{type(error).__name__}: {words}"
@@ -101,6 +103,7 @@ class Explain:
             f"{self._who(unit)} did not end by itself: {info.rstrip('.')}.",
             reason=reason,
             info=info,
+            **job,
             **self._about(unit, code),
         )
         failure.__cause__ = error

@@ -87,8 +87,9 @@ async def process_workflow(
         on_event: called with each event on the event loop, in order. What it raises is logged.
         user_cache_dir: FRACTAL_CACHE_DIR in the tasks' environment.
         on_failure: "continue" runs all units of a failing task, "stop" leaves out those not started.
-        max_in_flight: how many units may be submitted and not ended; None for 1,000, or a few per
-            worker where those that have not started cannot be taken back (stdlib process pools).
+        max_in_flight: how many units may be submitted and not ended; None for 1,000 (20,000 where they are
+            packed into jobs), or a few per worker where those that have not started cannot be taken back
+            (stdlib process pools).
         grace_s: seconds that a unit has between TERM and KILL when it is ended.
         drain: once it is set, no more units start; when those that run have ended, and more would have had
             to, a JobExecutionError with the reason "CANCELLED" is raised.

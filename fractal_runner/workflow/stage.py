@@ -22,7 +22,7 @@ from fractal_runner.worker.spec import UNKILLABLE, UnitResult
 from fractal_runner.worker.stop import ask_to_stop
 from fractal_runner.workflow import plan
 from fractal_runner.workflow.conditions import Conditions
-from fractal_runner.workflow.dispatch import DEFAULT_WINDOW, LOCAL_WINDOW, Dispatch, Ended
+from fractal_runner.workflow.dispatch import DEFAULT_WINDOW, LOCAL_WINDOW, PACKING_WINDOW, Dispatch, Ended
 from fractal_runner.workflow.failures import Explain
 from fractal_runner.workflow.journal import NEVER_STARTED, UNKNOWN_OUTCOME
 from fractal_runner.workflow.outcome import Outcome, Validated
@@ -168,6 +168,8 @@ class StageRun:
         workers = executors.worker_count(name)
         if not executors.is_asynchronous(name):
             return 1
+        if executors.packs(name):
+            return PACKING_WINDOW
         if workers is None or not executors.is_local(name):
             return DEFAULT_WINDOW
         if not executors.takes_back(name):
@@ -293,8 +295,9 @@ class StageRun:
         if self._no_more or self._run.drain.is_set() or self._must_stop():
             return None
         avoid = unit.avoid
-        if wanted.retry_elsewhere and judged.result is not None and judged.result.host:
-            avoid = tuple(sorted({*avoid, judged.result.host}))
+        host = judged.result.host if judged.result is not None else getattr(judged.failure, "node", None)
+        if wanted.retry_elsewhere and host:
+            avoid = tuple(sorted({*avoid, host}))
         return replace(unit, attempt=unit.attempt + 1, retry=unit.retry + 1, avoid=avoid)
 
     def _take_back(self, dispatch: Dispatch) -> None:

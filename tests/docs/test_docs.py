@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.clusters.slurm.fixtures import slurm_cluster  # noqa: F401
+
 TOP = Path(__file__).parent.parent.parent
 PAGES = [TOP / "README.md", *sorted((TOP / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -26,8 +28,13 @@ def run(command: list[str], folder: Path) -> str:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_the_python_on_the_page_runs_and_prints_what_the_page_says(page: Path, tmp_path: Path) -> None:
+def test_the_python_on_the_page_runs_and_prints_what_the_page_says(
+    page: Path, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = blocks(page)
+    if page.name == "slurm.md":
+        for name, value in request.getfixturevalue("slurm_cluster").env.items():
+            monkeypatch.setenv(name, value)
     for position, (kind, title, text) in enumerate(found):
         if kind != "python" or title is not None:
             continue

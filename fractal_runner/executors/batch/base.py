@@ -78,6 +78,7 @@ class BatchExecutor(Executor):
     isolates = True
     kills = True
     is_remote = True
+    packs = True
 
     def __init__(
         self,

@@ -36,7 +36,7 @@ from fractal_runner.executors.local.pickling import dump
 from fractal_runner.executors.local.workers import KeptForkWorker, Surroundings
 from fractal_runner.filesystems import is_shared
 from fractal_runner.worker.memory import oom_kills
-from fractal_runner.worker.processes import host_name
+from fractal_runner.worker.processes import NODE_VARIABLE, host_name
 
 OUT_OF_MEMORY = "OUT_OF_MEMORY"
 DONE, DRAINED, STOPPED = "done", "time is nearly over", "stopped"
@@ -68,7 +68,7 @@ def run_job(directory: str, number: int, place: JobPlace) -> None:
     log = _open_log(files, number)
     try:
         log.write(Kind.JOB, id=place.id, node=place.node, host=host_name(), pid=os.getpid(), t=time.time())
-        _Job(files, number, log, earlier).run()
+        _Job(files, number, place.node, log, earlier).run()
     finally:
         log.close()
 
@@ -100,9 +100,10 @@ class _JobCall(Call):
 class _Job:
     """One job, from its claim to its end. The main thread owns all of it but the worker processes' slots."""
 
-    def __init__(self, files: ArrayFiles, number: int, log: RecordLog, earlier: int) -> None:
+    def __init__(self, files: ArrayFiles, number: int, node: str, log: RecordLog, earlier: int) -> None:
         self._files = files
         self._number = number
+        self._node = node
         self._log = log
         self._earlier = earlier
         self._control = Tail(files.control)
@@ -128,6 +129,7 @@ class _Job:
         if why := _differences(self.payload.header):
             self._log.write(Kind.REFUSE, why=why)
             return
+        os.environ[NODE_VARIABLE] = self._node
         sys.path.extend(place for place in self.payload.header["search"] if place not in sys.path)
         for name, level in self.payload.header["levels"].items():
             logging.getLogger(name or None).setLevel(level)
