@@ -33,6 +33,16 @@ def wait_at_exit(holder: Closes) -> None:
     _Known.holders.add(holder)
 
 
+def close_when_gone(owner: object, holder: Closes) -> None:
+    """Have `holder` closed once nobody holds its owner any more: it gets no more calls then."""
+    weakref.finalize(owner, _close_soon, holder).atexit = False
+
+
+def _close_soon(holder: Closes) -> None:
+    # Not here: the collector may run in the middle of anything, the holder's own work included.
+    threading.Thread(target=holder.close, args=(False,), daemon=True).start()
+
+
 def _at_exit() -> None:
     # Several rounds: the end of a call may start another one, elsewhere, whose argument it was.
     while any(holder.close(wait=True) for holder in list(_Known.holders)):

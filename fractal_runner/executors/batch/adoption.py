@@ -66,8 +66,8 @@ class Adoption:
             self._index = self._read_index()
         for _, directory, number, place in reversed(self._index.get(key, ())):
             array = self._adopted(directory)
-            if array is None:
-                continue
+            if array is None or array.jobs[number].id is None:
+                continue  # its work was claimed for nobody
             slice_ = self._slices.get((directory, number))
             if slice_ is None:
                 slice_ = self._slices[directory, number] = self._payloads[directory].calls(number)

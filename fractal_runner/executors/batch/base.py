@@ -14,6 +14,7 @@ import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,7 +30,7 @@ from fractal_runner.executors.batch.payload import PackedCall, StoredCall, Terms
 from fractal_runner.executors.batch.scheduler import Scheduler
 from fractal_runner.executors.batch.submitting import Limits
 from fractal_runner.executors.calls import Call, CallOptions, TaskInfo
-from fractal_runner.executors.leaving import wait_at_exit
+from fractal_runner.executors.leaving import close_when_gone, wait_at_exit
 from fractal_runner.executors.local.pickling import dump
 from fractal_runner.executors.local.reports import dump_call
 from fractal_runner.executors.local.workers import dump_context
@@ -138,12 +139,13 @@ class BatchExecutor(Executor):
             submission_timeout=_parsed("submission_timeout", parse_time, submission_timeout),
         )
         self.scheduler = scheduler
-        self._path_map = {str(Path(here)): str(there) for here, there in (path_map or {}).items()}
+        # Not a method of this object: the manager, which has it, must not keep this object from being let go.
+        self._seen_as = partial(_seen_as, {str(Path(a)): str(b) for a, b in (path_map or {}).items()})
         self.folder = Path(folder).expanduser().absolute()  # made when something is put there
         self._manager = Manager(
             scheduler,
             self.folder,
-            seen_as=self.seen_as,
+            seen_as=self._seen_as,
             packing=self._packing,
             limits=limits,
             name=self.name,
@@ -152,14 +154,7 @@ class BatchExecutor(Executor):
         self._adoption: Adoption | None = None
         self._attached: weakref.WeakValueDictionary[str, Future[Any]] = weakref.WeakValueDictionary()
         wait_at_exit(self._manager)
-        weakref.finalize(self, self._manager.close, False).atexit = False
-
-    def seen_as(self, path: str) -> str:
-        """A path, as the nodes see it."""
-        for here, there in self._path_map.items():
-            if path == here or path.startswith(f"{here}/"):
-                return there + path[len(here) :]
-        return path
+        close_when_gone(self, self._manager)
 
     def attach(self, key: str) -> Future[Any] | None:
         """The call that an earlier process submitted under this `key` to this folder, if there is one.
@@ -177,7 +172,7 @@ class BatchExecutor(Executor):
             if self._adoption is None:
                 make_folder(self.folder)
                 self._adoption = Adoption(
-                    self.folder, self.scheduler, seen_as=self.seen_as, own=self._manager.is_own
+                    self.folder, self.scheduler, seen_as=self._seen_as, own=self._manager.is_own
                 )
             found = self._adoption.find(key)
             if found is None:
@@ -276,6 +271,14 @@ def _terms_of(options: CallOptions) -> Terms:
         account=options.account,
         extra=dict(options.extra) or None,
     )
+
+
+def _seen_as(path_map: Mapping[str, str], path: str) -> str:
+    """A path, as the nodes see it."""
+    for here, there in path_map.items():
+        if path == here or path.startswith(f"{here}/"):
+            return there + path[len(here) :]
+    return path
 
 
 def words(given: str | Sequence[str]) -> list[str]:

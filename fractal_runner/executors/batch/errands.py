@@ -46,7 +46,8 @@ class Errands:
         return not self.submitting and not self.asking
 
     def close(self) -> None:
-        for pool in self._pools.values():
+        pools, self._pools = self._pools, {}
+        for pool in pools.values():
             pool.shutdown(wait=True)
 
     def _send(

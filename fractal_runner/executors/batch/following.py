@@ -153,7 +153,6 @@ class Following:
                 item = job.items.pop(fields["c"], None)
                 if item is not None:
                     self._begin(item, fields["t"])
-                    self._roster.running.pop(item.call.id, None)
                     (verdicts.end if record.kind == Kind.END else verdicts.fail)(item, record)
                     item.job = None
             case Kind.LOG:
@@ -170,8 +169,12 @@ class Following:
         if item.future.done():
             return
         self._roster.running[call.id] = item
-        if call.started is None and call.begin():
+        if call.started is not None:
+            return  # by an earlier job, which was started again
+        if call.begin():
             call.started = min(max(when, call.submitted), time.time())  # the node's clock may differ
+        else:
+            self._roster.running.pop(call.id, None)  # cancelled in this very moment
 
     def _close(self, job: Job) -> None:
         """A job starts nothing more: its calls that have not started go elsewhere, or end."""
@@ -298,7 +301,6 @@ class Following:
                 error = verdicts.of_job(job, item, what, reason=reason, status=job.status)
             else:
                 continue
-            self._roster.running.pop(item.call.id, None)
             del job.items[item.place]
             item.call.fail(error)
         if job.items and not job.has_started and not job.array.files.claim_for(job.number, None, void=True):

@@ -206,7 +206,6 @@ class Roster:
         items = list(job.items.values())
         job.items.clear()
         for item in items:
-            self.running.pop(item.call.id, None)
             item.job = None
         return [item for item in items if not item.future.done()]
 

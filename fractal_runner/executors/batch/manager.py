@@ -128,7 +128,7 @@ class Manager:
 
     def put(self, item: Item) -> None:
         """Take a call."""
-        item.future.add_done_callback(_Cancelled(self, item))
+        item.future.add_done_callback(_Ended(self, item))
         self._submitting.incoming.append(item)
         if self._thread is None:
             self._begin()
@@ -137,12 +137,16 @@ class Manager:
 
     def take_on(self, item: Item, job: Job) -> None:
         """Follow a call of a job that an earlier process has submitted."""
-        item.future.add_done_callback(_Cancelled(self, item))
+        item.future.add_done_callback(_Ended(self, item))
         self.note(lambda: self._following.take_on(item, job))
 
     def stop(self, items: Sequence[Item]) -> None:
         """End calls that run."""
         self.note(lambda: self._stopping.stop(items))
+
+    def ended(self, call_id: int) -> None:
+        """A call has ended."""
+        self._roster.running.pop(call_id, None)
 
     def cancelled(self, item: Item) -> None:
         """A call was cancelled before it was known to have started."""
@@ -218,15 +222,17 @@ class Manager:
         self._following.hasten()
 
 
-class _Cancelled:
-    """Tells the manager that a call was cancelled."""
+class _Ended:
+    """Tells the manager that a call has ended, in whatever way."""
 
-    __slots__ = ("_item", "_manager")
+    __slots__ = ("_id", "_item", "_manager")
 
     def __init__(self, manager: Manager, item: Item) -> None:
         self._manager = manager
         self._item = item
+        self._id = item.call.id
 
     def __call__(self, future: Future[Any]) -> None:
+        self._manager.ended(self._id)
         if future.cancelled():
             self._manager.cancelled(self._item)

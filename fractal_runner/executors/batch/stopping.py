@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 
+from fractal_runner.executors.base import stopped_error
 from fractal_runner.executors.batch.errands import Errands, Note
 from fractal_runner.executors.batch.jobs import Array, Item, Job, Roster
 from fractal_runner.executors.batch.records import Kind, RecordLog
@@ -67,8 +68,10 @@ class Stopping:
     def stop(self, items: Sequence[Item]) -> None:
         """End calls that run."""
         for item in items:
-            if (job := item.job) is not None and job in self._roster.jobs:
-                item.stopping = True
+            item.stopping = True
+            if (job := item.job) is None:  # between two jobs
+                item.call.fail(stopped_error(item.call))
+            elif job in self._roster.jobs:
                 self._places.setdefault(job, []).append(item.place)
 
     def cancelled(self, item: Item) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import threading
-import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -13,7 +12,7 @@ from typing import Any, TypeVar
 from fractal_runner.executors.base import Executor, View, at_least_one
 from fractal_runner.executors.calls import Call, CallOptions, TaskInfo
 from fractal_runner.executors.cpus import usable_cpus
-from fractal_runner.executors.leaving import wait_at_exit
+from fractal_runner.executors.leaving import close_when_gone, wait_at_exit
 from fractal_runner.executors.local.dispatcher import Budget, Dispatcher, Worker
 from fractal_runner.executors.local.monitor import Monitor
 from fractal_runner.executors.local.workers import (
@@ -113,8 +112,7 @@ class LocalExecutor(Executor):
         if self._offered is not None:
             self._offered.offer()
         wait_at_exit(self._dispatcher)
-        # An executor that nobody holds any more gets no more calls.
-        weakref.finalize(self, _close_soon, self._dispatcher).atexit = False
+        close_when_gone(self, self._dispatcher)
 
     @property
     def max_cpus(self) -> int:
@@ -249,8 +247,3 @@ def _parsed(name: str, parse: Callable[[Any], T], value: Any) -> T | None:
         return None if value is None else parse(value)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-
-
-def _close_soon(dispatcher: Dispatcher) -> None:
-    # Not here: the collector may run in the middle of anything, the dispatcher's own work included.
-    threading.Thread(target=dispatcher.close, args=(False,), daemon=True).start()
