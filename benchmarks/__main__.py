@@ -20,18 +20,23 @@ BENCHMARKS = {
     "images": "from tasks' raw outputs to the new dataset, and filtering it, up to 1,000,000 images",
     "loop": "how late the caller's event loop is with 10,000 units in flight",
     "executors": "what a call costs on our executors and on others, and how well slots are kept busy",
+    "batch": "what a call costs on a batch executor whose jobs cost nothing, 100,000 of them",
+    "slurm": "calls on a real Slurm cluster, beside submitit and executorlib",
     "repeat": "the tests of executors, again and again: what fails now and then, and what is left behind",
 }
 
-# Takes most of an hour, and measures nothing: it is run where it is named.
-ONLY_BY_NAME = {"repeat"}
+# Run where they are named: one takes most of an hour, and measures nothing; the other needs Slurm.
+ONLY_BY_NAME = {"repeat", "slurm"}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run what the command line names; 0, or 1 if a benchmark could not be run."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help="benchmarks to run (default: all but repeat)"
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help=f"benchmarks to run (default: all but {' and '.join(sorted(ONLY_BY_NAME))})",
     )
     parser.add_argument("--json-dir", type=Path, default=RESULTS, help="where <name>.json goes (%(default)s)")
     parser.add_argument("--list", action="store_true", help="list the benchmarks and end")

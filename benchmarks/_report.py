@@ -144,6 +144,7 @@ class Report:
         # A pipe has no width; a table cut at 80 columns loses its figures.
         console = Console(width=None if sys.stdout.isatty() else 140)
         console.print(f"\n[bold]{self.name}[/]: {escape(self.title)}")
+        console.print(f"  {escape(self._circumstances())}")
         for table in self.tables:
             rich = RichTable(title=escape(table.title), title_justify="left")
             for position, column in enumerate(table.columns):
@@ -172,6 +173,18 @@ class Report:
         }
         path.write_text(json.dumps(content, indent=1) + "\n")
         return path
+
+    def _circumstances(self) -> str:
+        """When, where and with what, in a line."""
+        here, known = machine(), versions()
+        own = {name: known[name] for name in ("python", "fractal_runner")} | self.figures.get("versions", {})
+        return ", ".join(
+            [
+                f"{self._began:%Y-%m-%d %H:%M} UTC",
+                f"{here['cpu']}, {here['cores']} cores, load {here['load_average'][0]:.1f}",
+                *(f"{name} {number}" for name, number in own.items()),
+            ]
+        )
 
     def _target(self, what: str, sign: str, limit: float, figure: tuple[float, str], met: bool) -> None:
         value, unit = figure

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from concurrent.futures._base import FINISHED, PENDING, RUNNING
+from concurrent.futures._base import CANCELLED, CANCELLED_AND_NOTIFIED, FINISHED, PENDING, RUNNING
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -23,6 +23,8 @@ from fractal_runner.quantities import parse_count, parse_size, parse_time
 
 ContextFilter = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
+_CANCELLED = frozenset({CANCELLED, CANCELLED_AND_NOTIFIED})
+_DONE = frozenset({*_CANCELLED, FINISHED})
 _EMPTY: Mapping[str, Any] = MappingProxyType({})
 _numbers = itertools.count(1)
 
@@ -147,6 +149,17 @@ class CallFuture(Future[Any]):
     def __init__(self, keeper: Keeper | None = None) -> None:
         super().__init__()
         self._keeper = keeper
+
+    # One look at the state, which is all that the base class takes its lock for.
+
+    def cancelled(self) -> bool:
+        return self._state in _CANCELLED
+
+    def running(self) -> bool:
+        return self._state == RUNNING
+
+    def done(self) -> bool:
+        return self._state in _DONE
 
     def cancel(self) -> bool:
         """Cancel the call if it has not started; whoever waits for it is told at once."""

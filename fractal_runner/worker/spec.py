@@ -6,8 +6,10 @@ sees them, which over a cluster may differ from the coordinator's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,8 +22,23 @@ LAUNCH_FAILED = "LAUNCH_FAILED"  # nothing could be started: no process, no file
 UNKILLABLE = "UNKILLABLE"  # it outlived SIGKILL: a hanging file system, mostly
 
 
+class _Travelling:
+    """Pickles as a call of its class: twice as fast as the default of such dataclasses, field by field."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        kind: Any = type(self)
+        return kind, _values_of(kind)(self)
+
+
+@functools.cache
+def _values_of(kind: Any) -> Callable[[object], tuple[Any, ...]]:
+    return attrgetter(*kind.__match_args__)
+
+
 @dataclass(frozen=True, slots=True)
-class UnitSpec:
+class UnitSpec(_Travelling):
     """One unit to run.
 
     Attributes:
@@ -75,7 +92,7 @@ class UnitSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class UnitResult:
+class UnitResult(_Travelling):
     """What happened to one unit.
 
     Attributes:

@@ -16,7 +16,10 @@ from typing import Any, Self
 from fractal_runner.quantities import format_size, parse_count, parse_size
 
 TARGET_JOBS = 20
-MAX_JOBS = 100
+MAX_JOBS = 100  # of one call at a time; of so many fewer jobs, if nothing is said, as each runs more
+# The size of jobs, if nothing is said.
+TARGET_CPUS = 4
+TARGET_MEMORY = 16 * 10**9
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +51,8 @@ class Packed:
 class Packing:
     """How large jobs should be, and how large they may be.
 
-    If nothing is said, calls run one at a time: up to 100 of them in a job each, more of them in 100 jobs.
-    With CPUs or memory per job, as many calls run at a time as fit into both; memory counts for calls that
+    If nothing is said, a job has up to 4 CPUs, and 16 GB for calls that say how much memory they need, and so
+    many calls run at a time as that makes; there are as many jobs as make 100 calls at a time. With CPUs or memory per job, as many calls run at a time as fit into both; memory counts for calls that
     say what they need. Calls that need a GPU run one at a time. There are as many calls at a time as fill
     the job's targets; if that makes more jobs than `target_jobs`, as many more as are needed, up to the
     job's maxima; if that still makes more than `max_jobs`, calls wait for each other within their job.
@@ -62,7 +65,8 @@ class Packing:
         parallel_calls_per_job: how many of a job's calls run at a time, whatever the targets are; None to
             choose.
         target_jobs: how many jobs there may be before they become larger than their targets.
-        max_jobs: how many there may be at all; None for 100, or for as many as `calls_per_job` makes.
+        max_jobs: how many there may be at all; None for 100, if nothing else is said either for as many as
+            run 100 calls at a time, and for as many as `calls_per_job` makes.
         target_cpus_per_job: CPUs that a job should have.
         max_cpus_per_job: CPUs that it may have; None for the target, if a call needs no more.
         target_memory_per_job: bytes that a job should have.
@@ -161,7 +165,9 @@ class Packing:
         _parsed("total", parse_count, total)
         self.check(cpus=cpus, memory=memory)
         target, most = self._fit(cpus, memory, alone=alone or gpus > 0)
-        max_jobs = self._max_jobs
+        max_jobs = self.max_jobs
+        if max_jobs is None and self.calls_per_job is None:
+            max_jobs = max(1, MAX_JOBS // target) if self._says_nothing else MAX_JOBS
         if self.calls_per_job is not None:
             calls, parallel = self.calls_per_job, min(target, self.calls_per_job)
         else:
@@ -182,10 +188,11 @@ class Packing:
         )
 
     @property
-    def _max_jobs(self) -> int | None:
-        if self.max_jobs is None and self.calls_per_job is None:
-            return MAX_JOBS
-        return self.max_jobs
+    def _says_nothing(self) -> bool:
+        """Whether jobs may be as large as is sensible mostly."""
+        said = (self.calls_per_job, self.parallel_calls_per_job, self.target_cpus_per_job)
+        sizes = (self.target_memory_per_job, self.max_cpus_per_job, self.max_memory_per_job)
+        return all(value is None for value in (*said, *sizes))
 
     def _fit(self, cpus: int, memory: int | None, *, alone: bool) -> tuple[int, int]:
         """How many calls at a time fill a job's targets, and its maxima."""
@@ -193,6 +200,11 @@ class Packing:
             return self.parallel_calls_per_job, self.parallel_calls_per_job
         if alone:
             return 1, 1
+        if self._says_nothing:
+            fits = (
+                TARGET_CPUS // cpus if memory is None else min(TARGET_CPUS // cpus, TARGET_MEMORY // memory)
+            )
+            return max(fits, 1), max(fits, 1)
         targets, maxima = [], []
         is_aimed_at = False  # maxima alone are what a job may have, not what it should
         for need, target, most in (

@@ -21,6 +21,7 @@ from fractal_runner.executors.local.workers import (
     SpawnWorker,
     Surroundings,
     ThreadWorker,
+    fresh_processes,
 )
 from fractal_runner.executors.slots import SlotPool
 from fractal_runner.quantities import format_size, parse_count, parse_size, parse_time
@@ -204,6 +205,7 @@ class ProcessExecutor(LocalExecutor):
 
     @staticmethod
     def _maker(surroundings: Surroundings) -> Callable[[Dispatcher], Worker]:
+        fresh_processes()  # once the interpreter ends, nothing can be loaded any more
         return lambda dispatcher: KeptProcessWorker(surroundings)
 
 
@@ -218,6 +220,7 @@ class SpawnExecutor(LocalExecutor):
 
     @staticmethod
     def _maker(surroundings: Surroundings) -> Callable[[Dispatcher], Worker]:
+        fresh_processes()
         return lambda dispatcher: SpawnWorker(surroundings)
 
 

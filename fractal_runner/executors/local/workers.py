@@ -13,7 +13,6 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 import cloudpickle
-from loky.backend import get_context  # here: once the interpreter ends, it cannot be loaded any more
 
 from fractal_runner.errors import ExecutorError, JobExecutionError
 from fractal_runner.executors.base import stopped_error
@@ -267,7 +266,7 @@ class KeptProcessWorker(_ProcessWorker):
 
     def _start_fresh(self, environment: dict[str, str]) -> Peer:
         return self._start(
-            get_context("loky").Process,
+            fresh_processes(),
             child.serve,
             environment=environment,
             start_timeout=_PROCESS_START_S,
@@ -352,6 +351,14 @@ class ForkWorker(_ProcessWorker):
 
     def _done(self) -> None:
         self._let_go()
+
+
+def fresh_processes() -> Callable[..., BaseProcess]:
+    """What makes fresh interpreters. It takes its time to load, and forks have no need of it."""
+    from loky.backend import get_context
+
+    make: Callable[..., BaseProcess] = get_context("loky").Process
+    return make
 
 
 class _Itself:

@@ -24,8 +24,28 @@ def numbers(packed: Packed) -> tuple[int, int, int]:
 @pytest.mark.parametrize(
     ("total", "expected"), [(1, (1, 1, 1)), (100, (1, 1, 100)), (101, (2, 1, 51)), (10_000, (100, 1, 100))]
 )
-def test_by_default_calls_run_one_at_a_time_in_at_most_a_hundred_jobs(total: int, expected: Any) -> None:
+def test_by_default_large_calls_run_one_at_a_time_in_at_most_a_hundred_jobs(
+    total: int, expected: Any
+) -> None:
     assert numbers(Packing().pack(total, cpus=4, memory=8 * GB)) == expected
+
+
+@pytest.mark.parametrize(
+    ("total", "needs", "expected"),
+    [
+        (3, {}, (3, 3, 1)),
+        (100, {}, (4, 4, 25)),
+        (1000, {}, (40, 4, 25)),
+        (1000, {"cpus": 2}, (20, 2, 50)),
+        (1000, {"memory": 8 * GB}, (20, 2, 50)),
+        (1000, {"memory": 64 * GB}, (10, 1, 100)),
+        (1000, {"gpus": 1}, (10, 1, 100)),
+    ],
+)
+def test_by_default_jobs_have_four_cpus_and_a_hundred_calls_run_at_a_time(
+    total: int, needs: Any, expected: Any
+) -> None:
+    assert numbers(Packing().pack(total, **needs)) == expected
 
 
 # Targets and maxima
