@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fractal_runner.errors import ExecutorError, JobExecutionError
@@ -131,8 +131,8 @@ class Adoption:
             pass
         found = self._found(request)
         if found:
-            ids = list(found[0])
-            if spare := [id for others in found[1:] for id in others]:
+            ids, spare = one_of_each(files, found)
+            if spare:
                 self._scheduler.cancel(spare)
             put(files.jobs, json.dumps(ids).encode())
             return ids
@@ -156,3 +156,20 @@ class Adoption:
                         info=str(error),
                     ) from error
             time.sleep(_AGAIN_S)  # it is the scheduler that is away
+
+
+def one_of_each(files: ArrayFiles, found: Sequence[Sequence[str]]) -> tuple[list[str | None], list[str]]:
+    """Of arrays that are there for the same work, a job for each share of it, and the jobs to be cancelled.
+
+    A job that has claimed its share keeps it; else it is claimed here for the first one.
+
+    Raises:
+        OSError: if the claims cannot be read or written.
+    """
+    if len(found) == 1:
+        return list(found[0]), []
+    chosen: list[str | None] = []
+    for number, id in enumerate(found[0]):
+        is_its_own = files.claim_for(number, id)
+        chosen.append(id if is_its_own else (files.claimed_by(number) or {}).get("job"))
+    return chosen, [id for ids in found for id in ids if id not in chosen]

@@ -150,6 +150,8 @@ class BatchExecutor(Executor):
             limits=limits,
             name=self.name,
         )
+        terms = self._terms_of(self._options)
+        self._last_terms = self._options, terms, terms.group  # replaced as a whole, by any thread
         self._attaching = threading.Lock()  # guards the next two
         self._adoption: Adoption | None = None
         self._attached: weakref.WeakValueDictionary[str, Future[Any]] = weakref.WeakValueDictionary()
@@ -181,7 +183,8 @@ class BatchExecutor(Executor):
             call = self._call_of(stored)
             if not self._calls.add(call):
                 raise RuntimeError(f"cannot attach to futures after shutdown of {self.name}")
-            item = Item(call, stored.packed(), stored.payload.terms)
+            terms = stored.payload.terms
+            item = Item(call, stored.packed(), terms, terms.group)
             item.place = stored.place
             self._attached[key] = item.future
             future = item.future
@@ -193,7 +196,12 @@ class BatchExecutor(Executor):
         return Call(_submitted_earlier, (), {}, options=options, keeper=self._calls)
 
     def _start(self, call: Call) -> None:
-        self._manager.put(Item(call, self._packed(call), _terms_of(call.options)))
+        options, terms, group = self._last_terms
+        if options is not call.options:  # else one of many calls with the same
+            terms = self._terms_of(call.options)
+            group = terms.group
+            self._last_terms = call.options, terms, group
+        self._manager.put(Item(call, self._packed(call), terms, group))
 
     def _stop(self, calls: Sequence[Call]) -> None:
         self._manager.stop([item for call in calls if (item := self._manager.running(call.id)) is not None])
@@ -213,13 +221,29 @@ class BatchExecutor(Executor):
         return infos
 
     def _check_options(self, options: CallOptions) -> None:
-        extra = {name: value for name, value in options.extra.items() if name not in PACKING_OPTIONS}
-        self.scheduler.check(extra)
+        self._parsed_extra(options)
         self._packing_of(options).check(cpus=options.cpus, memory=options.memory)
         try:
             json.dumps(dict(options.extra))
         except TypeError as error:
             raise ValueError(f"extra: {error}: only what JSON can have goes to a scheduler") from None
+
+    def _parsed_extra(self, options: CallOptions) -> dict[str, Any]:
+        """What is for the scheduler, as it reads it, and what is for the packing."""
+        packing = {name: value for name, value in options.extra.items() if name in PACKING_OPTIONS}
+        others = {name: value for name, value in options.extra.items() if name not in PACKING_OPTIONS}
+        return {**packing, **self.scheduler.check(others)}
+
+    def _terms_of(self, options: CallOptions) -> Terms:
+        return Terms(
+            cpus=options.cpus,
+            memory=options.memory,
+            gpus=options.gpus,
+            time=options.time,
+            queue=options.queue,
+            account=options.account,
+            extra=self._parsed_extra(options) or None,
+        )
 
     def _packing_of(self, options: CallOptions) -> Packing:
         return self._packing.replaced(*(options.extra.get(name) for name in sorted(PACKING_OPTIONS)[::-1]))
@@ -259,18 +283,6 @@ class BatchExecutor(Executor):
         if not call.context:
             return _NO_CONTEXT
         return dump_context(call)
-
-
-def _terms_of(options: CallOptions) -> Terms:
-    return Terms(
-        cpus=options.cpus,
-        memory=options.memory,
-        gpus=options.gpus,
-        time=options.time,
-        queue=options.queue,
-        account=options.account,
-        extra=dict(options.extra) or None,
-    )
 
 
 def _seen_as(path_map: Mapping[str, str], path: str) -> str:

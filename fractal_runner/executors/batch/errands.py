@@ -6,10 +6,12 @@ errand returns, or what becomes of it, is a note for the manager's thread, which
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 
 Note = Callable[[], None]
+_Queue = SimpleQueue[Callable[[], None] | None]
 
 
 class Errands:
@@ -27,7 +29,9 @@ class Errands:
     def __init__(self, name: str, note: Callable[[Note], None]) -> None:
         self._name = name
         self._note = note
-        self._pools: dict[str, ThreadPoolExecutor] = {}
+        # Not a pool of the standard library's: those take nothing any more once the interpreter is about to
+        # end, which is when most of the waiting for jobs is done.
+        self._threads: dict[str, tuple[threading.Thread, _Queue]] = {}
         self.submitting = 0
         self.asking = False
 
@@ -45,10 +49,12 @@ class Errands:
     def is_idle(self) -> bool:
         return not self.submitting and not self.asking
 
-    def close(self) -> None:
-        pools, self._pools = self._pools, {}
-        for pool in pools.values():
-            pool.shutdown(wait=True)
+    def release(self) -> list[threading.Thread]:
+        """Let go of the threads, which end by themselves; there are new ones for what comes later."""
+        threads, self._threads = self._threads, {}
+        for _, queue in threads.values():
+            queue.put(None)
+        return [thread for thread, _ in threads.values()]
 
     def _send(
         self, kind: str, errand: Callable[[], Note], failed: Callable[[Exception], None], over: Note
@@ -68,12 +74,31 @@ class Errands:
 
             self._note(conclude)
 
-        if kind not in self._pools:
-            self._pools[kind] = ThreadPoolExecutor(1, thread_name_prefix=f"{self._name}-{kind}")
-        self._pools[kind].submit(run)
+        if kind not in self._threads:
+            queue: _Queue = SimpleQueue()
+            thread = threading.Thread(target=_serve, args=(queue,), name=f"{self._name}-{kind}", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:  # there are too many: what else is to be done goes on
+                refusal = error
+
+                def refuse() -> None:
+                    over()
+                    failed(refusal)
+
+                self._note(refuse)
+                return
+            self._threads[kind] = thread, queue
+        self._threads[kind][1].put(run)
 
     def _submitted(self) -> None:
         self.submitting -= 1
 
     def _asked(self) -> None:
         self.asking = False
+
+
+def _serve(queue: _Queue) -> None:
+    while (errand := queue.get()) is not None:
+        errand()
+        del errand  # and what it refers to, until the next one comes

@@ -170,6 +170,19 @@ def open_ours(path: str) -> Iterator[int]:
         os.close(fd)
 
 
+def read_at(fd: int, offset: int, size: int) -> bytes:
+    """So many bytes from `offset` on; fewer only at the file's end.
+
+    The system gives at most 2 GiB at a time (read(2)).
+    """
+    pieces = []
+    while size > 0 and (piece := os.pread(fd, size, offset)):
+        pieces.append(piece)
+        offset += len(piece)
+        size -= len(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
 def put(path: str, *pieces: bytes | memoryview) -> None:
     """Put a file in its place, whole or not at all, there after a power cut.
 

@@ -24,6 +24,7 @@ _LOOK_SHARE = 5.0  # looking takes no more than a fifth of the time
 _LOOKS = 200  # files opened at a time
 _POLL_S, _POLL_GROWTH = 1.0, 1.5
 _LOST_S = 15.0  # for which a scheduler must not know a job, before it is given up
+_UNDECIDED_S = 60.0  # for which files that cannot be written are tried again
 _TRIES = 3
 _logger = logging.getLogger("fractal_runner")
 
@@ -37,6 +38,7 @@ class Following:
         errands: the threads beside the manager's.
         again: puts a call into another job.
         cancel: has the scheduler end a job.
+        withdraw: has a job do nothing more, should it be there all the same.
         on_dropped: is told when a job is followed no more.
         poll_interval, pending_timeout: see `Limits`.
         grace: seconds after a job's end within which its last words have to be seen.
@@ -55,6 +57,7 @@ class Following:
         errands: Errands,
         again: Callable[[Item], None],
         cancel: Callable[[Job], None],
+        withdraw: Callable[[Job], None],
         on_dropped: Callable[[], None],
         poll_interval: float,
         pending_timeout: float | None,
@@ -67,6 +70,7 @@ class Following:
         self._errands = errands
         self._again = again
         self._cancel = cancel
+        self._withdraw = withdraw
         self._on_dropped = on_dropped
         self._poll_interval = poll_interval
         self._pending_timeout = pending_timeout
@@ -101,6 +105,9 @@ class Following:
             job.unwatched -= 1
         job.items[item.place] = item
         item.job = job
+        job.settle_at = job.lost_since = job.undecided_since = (
+            None  # what was decided was decided about others
+        )
         job.rewind()
         self.hasten()
 
@@ -119,7 +126,7 @@ class Following:
             heard |= self._hear(job)
         self._turn += _LOOKS
         if heard:
-            self.hasten()
+            self._look_s = _LOOK_S  # not the scheduler's turn: a job that tells by itself needs no asking
         else:
             self._look_s = min(self._look_s * _LOOK_GROWTH, _LOOK_LIMIT_S)
         took = time.monotonic() - began
@@ -137,6 +144,8 @@ class Following:
             if not job.unreadable:
                 _logger.warning("%s: the records of %s cannot be read: %s", self._name, job.says, error)
             job.unreadable = str(error)
+        if heard:
+            job.lost_since = None  # it is there, whatever the scheduler says
         if heard and (job.closed is not None or job.refused is not None):
             self._close(job)
         return heard
@@ -150,13 +159,18 @@ class Following:
                     item.starts, item.pid = start, fields["pid"]
                     self._begin(item, fields["t"])
             case Kind.END | Kind.FAIL:
+                job.progressed = True
                 item = job.items.pop(fields["c"], None)
                 if item is not None:
                     self._begin(item, fields["t"])
-                    (verdicts.end if record.kind == Kind.END else verdicts.fail)(item, record)
+                    with item.ending():
+                        (verdicts.end if record.kind == Kind.END else verdicts.fail)(item, record)
                     item.job = None
             case Kind.LOG:
-                handle_record(record.data)
+                item = job.items.get(fields["c"])
+                if item is not None and item.logged < (start, record.end):  # else it is heard once more
+                    item.logged = start, record.end
+                    handle_record(record.data)
             case Kind.JOB:
                 job.node = fields["node"]
             case Kind.CLOSE:
@@ -180,21 +194,25 @@ class Following:
         """A job starts nothing more: its calls that have not started go elsewhere, or end."""
         if job.refused is not None:
             for item in self._roster.drop(job):
-                item.call.fail(verdicts.refused(item, job))
+                item.fail(verdicts.refused(item, job))
             self._on_dropped()
-        elif any(item.starts for item in job.items.values()):
+        elif any(item.starts == len(job.tails) for item in job.items.values()):
             self._is_over(job)  # something is missing of what it has written
         else:
             self.give_back(job)
 
     def give_back(self, job: Job) -> None:
-        """Put the calls that a job has not started into another one, some times."""
+        """Put the calls that a job has not started into another one.
+
+        Some times, if it has not done any of its calls: one that has is as good as it can be, though it
+        had no time left, or one call took all others with it.
+        """
         for item in self._roster.drop(job):
-            item.tries += 1
+            item.tries += not job.progressed
             if item.stopping:
-                item.call.fail(stopped_error(item.call))
+                item.fail(stopped_error(item.call))
             elif item.tries >= _TRIES:
-                item.call.fail(verdicts.never_started(item, job, item.tries))
+                item.fail(verdicts.never_started(item, job, item.tries))
             else:
                 self._again(item)
         self._on_dropped()
@@ -259,7 +277,7 @@ class Following:
         if limit is not None and now - job.waiting_since >= limit and not job.has_started:
             self._cancel(job)
             for item in self._roster.drop(job):
-                item.call.fail(verdicts.waits_for_ever(item, job, status))
+                item.fail(verdicts.waits_for_ever(item, job, status))
             self._on_dropped()
 
     def _is_over(self, job: Job) -> None:
@@ -283,7 +301,24 @@ class Following:
             _find_starts(job.array)
             self._hear(job)
             if job in self._roster.jobs:
-                self._decide(job)
+                try:
+                    self._decide(job)
+                except (OSError, RuntimeError, ValueError) as error:  # a full disk; it is tried again
+                    self._decide_later(job, error)
+
+    def _decide_later(self, job: Job, error: Exception) -> None:
+        """Its files cannot be written or read: a full disk, or one that is away."""
+        now = self._clock()
+        if job.undecided_since is None:
+            job.undecided_since = now
+            _logger.warning("%s: what became of %s is not known yet: %s", self._name, job.says, error)
+        if now - job.undecided_since < _UNDECIDED_S:
+            self._is_over(job)
+            return
+        job.unreadable = str(error)
+        for item in self._roster.drop(job):
+            item.fail(verdicts.damaged(item, job))
+        self._on_dropped()
 
     def _decide(self, job: Job) -> None:
         reason = verdicts.reason_of(job)
@@ -293,7 +328,7 @@ class Following:
                 error = stopped_error(item.call)
             elif job.damage:
                 error = verdicts.damaged(item, job)
-            elif item.starts == last or (item.starts and job.closed is not None):
+            elif item.starts == last:
                 what = "had started and not ended"
                 error = verdicts.of_job(job, item, what, reason=reason, status=job.status)
             elif reason == "CANCELLED" or (reason == verdicts.NO_EVIDENCE and job.has_started):
@@ -302,11 +337,17 @@ class Following:
             else:
                 continue
             del job.items[item.place]
-            item.call.fail(error)
-        if job.items and not job.has_started and not job.array.files.claim_for(job.number, None, void=True):
-            job.settle_at = job.lost_since = None  # it has begun in this very moment, whatever is said
-        else:
-            self.give_back(job)
+            item.fail(error)
+            job.progressed = True
+        if job.has_started or job.is_claimed:
+            self._withdraw(job)
+        elif job.items and not _is_void(job):
+            # It has begun in this very moment, whatever is said; or it has died there and then: in that case
+            # it is as silent the next time.
+            job.is_claimed = True
+            job.settle_at = job.lost_since = None
+            return
+        self.give_back(job)
 
 
 def _find_starts(array: Array) -> None:
@@ -317,3 +358,11 @@ def _find_starts(array: Array) -> None:
         return
     for job in array.jobs:
         job.add_starts(starts.get(job.number, 1))
+
+
+def _is_void(job: Job) -> bool:
+    """Whether the job can never begin: its work is claimed for nobody, or not there any more."""
+    try:
+        return job.array.files.claim_for(job.number, None, void=True)
+    except FileNotFoundError:
+        return True

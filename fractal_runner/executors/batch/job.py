@@ -41,7 +41,8 @@ from fractal_runner.worker.processes import NODE_VARIABLE, host_name
 OUT_OF_MEMORY = "OUT_OF_MEMORY"
 DONE, DRAINED, STOPPED = "done", "time is nearly over", "stopped"
 
-_LOOK_S = 0.25  # how often the job looks whether it is told something
+_LOOK_S, _LOOK_SHARED_S = 0.25, 2.0  # how often the job looks whether it is told something
+_LARGEST_RESULT = 2**32 - 2**20  # what a record holds
 _PAYLOAD_S = 30.0  # within which the payload has to be seen, over whatever network
 _TERM_GRACE_S = 1.0
 _ENDING_S = 10.0
@@ -61,11 +62,12 @@ def run_job(directory: str, number: int, place: JobPlace) -> None:
     """
     check_ours(directory)
     files = ArrayFiles(directory)
+    is_restart = files.claimed_by(number) is not None
     if not files.claim_for(number, place.id, node=place.node, t=time.time()):
         print(f"Nothing to do for {place}: number {number} of {directory} is {files.claimed_by(number)}'s")
         return
     earlier = files.starts().get(number, 0)
-    log = _open_log(files, number)
+    log = _open_log(files, number, 1 if is_restart else 0)
     try:
         log.write(Kind.JOB, id=place.id, node=place.node, host=host_name(), pid=os.getpid(), t=time.time())
         _Job(files, number, place.node, log, earlier).run()
@@ -73,16 +75,16 @@ def run_job(directory: str, number: int, place: JobPlace) -> None:
         log.close()
 
 
-def _open_log(files: ArrayFiles, number: int) -> RecordLog:
+def _open_log(files: ArrayFiles, number: int, start: int) -> RecordLog:
     """The file for this start of the job: the first one is there, empty, and each start has its own."""
-    start = 0
     path = files.records(number, start)
-    while os.path.exists(path) and (start > 0 or os.path.getsize(path) > 0):
-        start += 1
+    while start > 0 or (os.path.exists(path) and os.path.getsize(path) > 0):
+        start = max(start, 1)
         path = files.records(number, start)
         with suppress(FileExistsError):  # by the same job, which may still write where it was cut off
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
             break
+        start += 1
     return RecordLog(path, sync=is_shared(Path(path)))
 
 
@@ -110,7 +112,7 @@ class _Job:
         self._changed = threading.Event()
         self._calls: dict[int, _JobCall] = {}
         self._futures: dict[int, Future[Any]] = {}
-        self._ended = 0
+        self.has_ended_some = self.has_left_some = False  # the workers set these two
         self._near_end = False  # of the job's time; the signal handlers set these two
         self.terminating = False
         self.broken: BaseException | None = None  # why nothing can be written down any more
@@ -166,6 +168,8 @@ class _Job:
         """Wait until all calls have ended; why no more are started."""
         why = DONE
         ending_at: float | None = None
+        every_s = _LOOK_SHARED_S if is_shared(Path(self._files.control)) else _LOOK_S
+        look_at = 0.0
         while any(not future.done() for future in self._futures.values()):
             self._changed.wait(_LOOK_S)
             self._changed.clear()
@@ -177,18 +181,31 @@ class _Job:
                     self._stop(dispatcher, list(self._futures))
                 elif time.monotonic() > ending_at:
                     break
-            elif self.terminating or (self._near_end and self._ended):
+            elif self.terminating:
+                # Whoever ends the job may have told this process alone, and wait for long before it kills.
+                self._stop(dispatcher, list(self._futures))
+            elif self.takes_no_more:
                 why = DRAINED
                 for future in self._futures.values():
                     future.cancel()  # those that have not started
-            why = self._heed(dispatcher) or why
+            if time.monotonic() >= look_at:
+                why = self._heed(dispatcher) or why
+                look_at = time.monotonic() + every_s
         self._settle()
-        return why
+        return DRAINED if why == DONE and self.has_left_some else why
+
+    @property
+    def takes_no_more(self) -> bool:
+        """Whether calls that have not started are left to other jobs.
+
+        One call is done even if time is nearly over from the beginning: or it would never be.
+        """
+        return self.broken is not None or self.terminating or (self._near_end and self.has_ended_some)
 
     def _settle(self) -> None:
         """Forget the calls that have ended."""
         for place in [place for place, future in self._futures.items() if future.done()]:
-            self._ended += not self._futures.pop(place).cancelled()
+            del self._futures[place]
             self._calls.pop(place, None)
 
     def _heed(self, dispatcher: Dispatcher) -> str:
@@ -268,7 +285,8 @@ class _JobWorker(KeptForkWorker):
         self._kills: int | None = None
 
     def run(self, call: Call) -> None:
-        if self._job.broken is not None or self._job.terminating:
+        if self._job.takes_no_more:
+            self._job.has_left_some = True
             call.succeed(None)  # not a word of it: it has not started
             return
         self._call = call
@@ -298,8 +316,17 @@ class _JobWorker(KeptForkWorker):
         self._write(Kind.LOG, pickled)
 
     def _report(self, call: Call, message: memoryview) -> None:
+        if self._job.terminating and message[:1] == child.RAISED:
+            call.succeed(None)  # what it had started may have been ended as well: the scheduler knows why
+            return
         printed = call.future.output.encode()
+        if (size := len(printed) + len(message)) > _LARGEST_RESULT:
+            self._fail(
+                call, ExecutorError(f"The result of {call.name!r} is too large to travel: {size} bytes")
+            )
+            return
         self._write(Kind.END, printed, message, out=len(printed), t=time.time())
+        self._job.has_ended_some = True
         call.succeed(None)
 
     def _fail(self, call: Call, error: BaseException) -> None:
@@ -313,6 +340,7 @@ class _JobWorker(KeptForkWorker):
             error = _out_of_memory(error)
         printed = call.future.output.encode()
         self._write(Kind.FAIL, printed, cloudpickle.dumps(error), out=len(printed), t=time.time())
+        self._job.has_ended_some = True
         call.fail(error)
 
     def _write(self, kind: Kind, *data: bytes | memoryview, **fields: Any) -> None:

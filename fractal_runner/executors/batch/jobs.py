@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from fractal_runner.executors.batch.scheduler import ArrayRequest, JobStatus
 from fractal_runner.executors.calls import Call
 
 LOG_TAIL_BYTES = 4096
+_logger = logging.getLogger("fractal_runner")
 
 
 class Item:
@@ -29,25 +31,43 @@ class Item:
         starts: how many starts of its job there had been when it started; 0 if it has not.
         pid: the process that runs it.
         stopping: whether its job has been told to end it.
+        logged: up to where, and in which start of the job, its log records have been taken.
     """
 
     __slots__ = (
-        *("__weakref__", "call", "future", "group", "job", "packed", "pid", "place", "starts"),
+        *("__weakref__", "call", "future", "group", "job", "logged", "packed", "pid", "place", "starts"),
         *("stopping", "terms", "tries"),
     )
 
-    def __init__(self, call: Call, packed: PackedCall, terms: Terms) -> None:
+    def __init__(self, call: Call, packed: PackedCall, terms: Terms, group: str) -> None:
         self.call = call
         self.future: Future[Any] = call.future
         self.packed = packed
         self.terms = terms
-        self.group = terms.group
+        self.group = group
         self.tries = packed.tries
         self.job: Job | None = None
         self.place = 0
         self.starts = 0
         self.pid: int | None = None
         self.stopping = False
+        self.logged = (0, 0)
+
+    def fail(self, error: BaseException) -> None:
+        """End the call with an error."""
+        with self.ending():
+            self.call.fail(error)
+
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """Around what ends the call: what its callbacks raise is theirs, and others are still to be ended.
+
+        The standard library logs an Exception of theirs, and lets a SystemExit pass.
+        """
+        try:
+            yield
+        except BaseException:
+            _logger.exception("at the end of the call %r", self.call.name)
 
     def travelling(self) -> PackedCall:
         """It as it travels, this time."""
@@ -77,7 +97,7 @@ class Array:
         self.tries = 0
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Job:
     """A job, and what has been heard of it. Times are of the monotonic clock.
 
@@ -97,6 +117,9 @@ class Job:
         waiting_since: since when it has waited for something that will not come.
         stop_by: when it is cancelled if it has not ended, having nothing left to do.
         cancelled: whether it was cancelled by us.
+        is_claimed: whether it is known to have begun, though it has not said anything.
+        undecided_since: since when it is over and nobody can find out what it has done.
+        progressed: whether calls have ended in it.
         unwatched: how many of its calls nobody here waits for; somebody else may.
         places: how many calls it runs at a time.
     """
@@ -118,6 +141,9 @@ class Job:
     waiting_since: float | None = None
     stop_by: float | None = None
     cancelled: bool = False
+    is_claimed: bool = False
+    undecided_since: float | None = None
+    progressed: bool = False
     unwatched: int = 0
 
     def __post_init__(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import threading
 import time
 from collections import deque
@@ -58,6 +59,7 @@ class Manager:
         self._clock = clock
         self._notes: deque[Note] = deque()  # left by anybody
         self._bell = threading.Event()
+        self._pid = os.getpid()
         self._lock = threading.Lock()  # guards the thread's beginning and end
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -94,6 +96,7 @@ class Manager:
             errands=errands,
             again=self._submitting.again,
             cancel=self._stopping.cancel,
+            withdraw=self._stopping.withdraw,
             on_dropped=self._submitting.there_is_room,
             poll_interval=limits.poll_interval,
             pending_timeout=limits.pending_timeout,
@@ -130,7 +133,7 @@ class Manager:
         """Take a call."""
         item.future.add_done_callback(_Ended(self, item))
         self._submitting.incoming.append(item)
-        if self._thread is None:
+        if self._thread is None or self._closed:  # it may be about to end, having seen nothing of this one
             self._begin()
         if not self._submitting.is_gathering:  # else it looks for more by itself
             self._bell.set()
@@ -160,6 +163,8 @@ class Manager:
 
     def close(self, wait: bool) -> bool:
         """End the thread once there is nothing left to do; whether there was one to wait for."""
+        if os.getpid() != self._pid:
+            return False  # a forked child's copy: its lock may be held, and nobody lets go of it
         with self._lock:
             self._closed = True
             thread = self._thread
@@ -173,24 +178,25 @@ class Manager:
     def _begin(self) -> None:
         with self._lock:
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name=f"{self._name}-manager", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name=f"{self._name}-manager", daemon=True)
+                thread.start()
+                self._thread = thread
 
     # In the thread
 
     def _run(self) -> None:
-        try:
-            while True:
-                for step in self._steps:
-                    self._safely(step)
-                with self._lock:
-                    if self._closed and self._is_idle():
-                        self._thread = None
-                        return
-                self._bell.wait(self._sleep_s())
-                self._bell.clear()
-        finally:
-            self._errands.close()
+        while True:
+            for step in self._steps:
+                self._safely(step)
+            with self._lock:
+                if self._closed and self._is_idle():
+                    threads = self._errands.release()
+                    self._thread = None  # should another call come, there will be another thread
+                    break
+            self._bell.wait(self._sleep_s())
+            self._bell.clear()
+        for thread in threads:
+            thread.join()
 
     def _do_notes(self) -> None:
         while self._notes:
@@ -199,8 +205,9 @@ class Manager:
     def _safely(self, step: Note) -> None:
         try:
             step()
-        except Exception:
-            # A defect of ours must not keep all the other calls from ending.
+        except BaseException:
+            # A defect of ours, or a SystemExit that somebody's code raises while it is unpickled, must not
+            # keep all the other calls from ending.
             _logger.exception("%s: %s failed", self._name, getattr(step, "__qualname__", step))
             time.sleep(0.1)  # it may be so again at once, and then the log is not to be flooded
 
@@ -229,10 +236,11 @@ class _Ended:
 
     def __init__(self, manager: Manager, item: Item) -> None:
         self._manager = manager
-        self._item = item
+        self._item: Item | None = item
         self._id = item.call.id
 
     def __call__(self, future: Future[Any]) -> None:
+        item, self._item = self._item, None  # the future keeps this, and not what was given to the call
         self._manager.ended(self._id)
-        if future.cancelled():
-            self._manager.cancelled(self._item)
+        if item is not None and future.cancelled():
+            self._manager.cancelled(item)

@@ -51,8 +51,10 @@ class Packed:
 class Packing:
     """How large jobs should be, and how large they may be.
 
-    If nothing is said, a job has up to 4 CPUs, and 16 GB for calls that say how much memory they need, and so
-    many calls run at a time as that makes; there are as many jobs as make 100 calls at a time. With CPUs or memory per job, as many calls run at a time as fit into both; memory counts for calls that
+    If nothing is said, a job has up to 4 CPUs, and 16 GB for calls that say how much memory they need, and
+    so many calls run at a time as that makes; there are as many jobs as make 100 calls at a time.
+
+    With CPUs or memory per job, as many calls run at a time as fit into both; memory counts for calls that
     say what they need. Calls that need a GPU run one at a time. There are as many calls at a time as fill
     the job's targets; if that makes more jobs than `target_jobs`, as many more as are needed, up to the
     job's maxima; if that still makes more than `max_jobs`, calls wait for each other within their job.

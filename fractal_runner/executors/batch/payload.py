@@ -3,8 +3,8 @@
 Functions and contexts stand in it once, however many calls need them; a job reads the beginning of the
 file and its own slice. A number of bytes each, one behind the other:
 
-    FRPAYLOAD1 <length of the header, 16 digits>\\n
-    header     JSON: who made it, and where in the file the rest is
+    FRPAYLOAD2 <length of the header, 16 digits> <its CRC-32, 8 hex digits>\\n
+    header     JSON: who made it, and where in the file the rest is, with checksums
     blobs      functions and contexts, pickled
     slices     for each job an index of its calls (JSON), and their arguments, pickled
 
@@ -27,10 +27,10 @@ from typing import Any
 
 import fractal_runner
 from fractal_runner.errors import ExecutorError
-from fractal_runner.executors.batch.files import open_ours, put
+from fractal_runner.executors.batch.files import open_ours, put, read_at
 
-_MAGIC = b"FRPAYLOAD1 "
-_START = len(_MAGIC) + 17
+_MAGIC = b"FRPAYLOAD2 "
+_START = len(_MAGIC) + 16 + 1 + 8 + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +134,7 @@ def write_payload(
         "slices": places,
     }
     text = json.dumps(header).encode()
-    put(path, _MAGIC + b"%016d\n" % len(text), text, *blobs, *pieces)
+    put(path, _first_line(text), text, *blobs, *pieces)
 
 
 class Payload:
@@ -153,14 +153,14 @@ class Payload:
         self.path = path
         with open_ours(path) as fd:
             start = os.pread(fd, _START, 0)
-            if len(start) < _START or not start.startswith(_MAGIC):
+            digits = start[len(_MAGIC) : len(_MAGIC) + 16]
+            if len(start) < _START or not start.startswith(_MAGIC) or not digits.isdigit():
                 raise ExecutorError(f"{path} is no payload of this version, or cut short")
-            length = int(start[len(_MAGIC) :])
-            text = os.pread(fd, length, _START)
-        try:
-            self.header: dict[str, Any] = json.loads(text)
-        except ValueError as error:
-            raise ExecutorError(f"{path} is damaged: {error}") from None
+            length = int(digits)
+            text = read_at(fd, _START, min(length, os.fstat(fd).st_size))
+        if _first_line(text) != start:
+            raise ExecutorError(f"{path} is damaged in its header, or cut short: its checksum is another one")
+        self.header: dict[str, Any] = json.loads(text)
         self.terms = Terms(**self.header["terms"])
         self._blobs: list[tuple[int, int, int]] = []
         offset = _START + length
@@ -274,15 +274,18 @@ def _function(path: str, offset: int, size: int, checksum: int) -> Any:
 
 def _read(path: str, offset: int, size: int, checksum: int) -> bytes:
     with open_ours(path) as fd:
-        pieces = []
-        while size > 0 and (piece := os.pread(fd, size, offset)):
-            pieces.append(piece)
-            offset += len(piece)
-            size -= len(piece)
-    data = b"".join(pieces)
-    if size or zlib.crc32(data) != checksum:
-        raise ExecutorError(f"{path} is damaged at byte {offset - len(data)}: its checksum is another one")
+        data = read_at(fd, offset, size)
+    if len(data) < size:
+        raise ExecutorError(f"{path} is cut short: it had {offset + size} bytes, or more")
+    if zlib.crc32(data) != checksum:
+        raise ExecutorError(
+            f"{path} is damaged between bytes {offset} and {offset + size}: their checksum is another one"
+        )
     return data
+
+
+def _first_line(header: bytes) -> bytes:
+    return _MAGIC + b"%016d %08x\n" % (len(header), zlib.crc32(header))
 
 
 def _own_search_path() -> list[str]:

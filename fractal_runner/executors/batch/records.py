@@ -17,12 +17,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from fractal_runner.executors.batch.files import open_ours
+from fractal_runner.executors.batch.files import open_ours, read_at
 from fractal_runner.worker import evidence
 
 _FULL_DISK_S = 60.0  # how long a job waits for space before it gives up
 _RETRY_S = 0.5
 _READ_BYTES = 64 * 2**20
+_decode = json.JSONDecoder().raw_decode
 
 
 class Kind(enum.StrEnum):
@@ -46,11 +47,13 @@ class Record:
         kind: what it tells.
         fields: the rest of its line.
         data: what is behind it.
+        end: where in the file it ends.
     """
 
     kind: str
     fields: dict[str, Any]
     data: memoryview
+    end: int
 
 
 class RecordLog:
@@ -84,9 +87,7 @@ class RecordLog:
         with self._lock:
             while True:
                 try:
-                    self._append(frame)
-                    if self._sync:
-                        os.fsync(self._fd)
+                    self._append(frame, sync=self._sync and kind != Kind.LOG)
                 except OSError:
                     if time.monotonic() >= deadline:
                         raise
@@ -94,12 +95,14 @@ class RecordLog:
                     return
                 time.sleep(_RETRY_S)  # a disk tells nobody when there is space
 
-    def _append(self, frame: bytes) -> None:
+    def _append(self, frame: bytes, *, sync: bool) -> None:
         start = os.fstat(self._fd).st_size
         left = memoryview(frame)
         try:
             while left:
                 left = left[os.write(self._fd, left) :]
+            if sync:
+                os.fsync(self._fd)  # over the network, it is only now that a disk turns out to be full
         except OSError:
             with suppress(OSError):
                 os.ftruncate(self._fd, start)
@@ -144,7 +147,7 @@ class Tail:
                     return
                 if size == self._offset:
                     return
-                data = _read_at(fd, self._offset, size)
+                data = _read_some(fd, self._offset, size)
             before = self._offset
             yield from self._parse(data)
             if self._offset == before or self._offset >= size:
@@ -168,15 +171,15 @@ class Tail:
             offset = end + 1
             self._offset = start + offset
             line_end = data.index(b"\n", begin, end)
-            fields = json.loads(data[begin:line_end])
-            yield Record(fields.pop("k"), fields, view[line_end + 1 : end])
+            fields = _decode(data[begin:line_end].decode())[0]  # loads would guess at the encoding first
+            yield Record(fields.pop("k"), fields, view[line_end + 1 : end], self._offset)
 
 
-def _read_at(fd: int, offset: int, size: int) -> bytes:
+def _read_some(fd: int, offset: int, size: int) -> bytes:
     """From `offset` on, at most to `size`: so much that at least one record is whole, if any is."""
     limit = _READ_BYTES
     while True:
-        data = os.pread(fd, min(limit, size - offset), offset)
+        data = read_at(fd, offset, min(limit, size - offset))
         if offset + len(data) >= size or evidence.payload_span(data, 0) is not None or not data:
             return data
         limit *= 4

@@ -97,11 +97,14 @@ class Scheduler(ABC):
 
     Attributes:
         name: what it is called ("SLURM").
-        max_array: how many jobs an array may have.
     """
 
     name: str
-    max_array: int
+
+    @property
+    @abstractmethod
+    def max_array(self) -> int:
+        """How many jobs an array may have."""
 
     @abstractmethod
     def check(self, extra: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -127,8 +130,6 @@ class Scheduler(ABC):
     @abstractmethod
     def find(self, request: ArrayRequest) -> Sequence[Sequence[str]]:
         """The arrays of this request's name that the scheduler knows, whether or not their jobs have ended.
-
-        It also makes up for what a submission that was cut off has left undone.
 
         Returns:
             For each array the ids of its jobs, in their order.

@@ -126,7 +126,7 @@ class SlurmScheduler(Scheduler):
         self._has_accounting = True  # until sacct has said that there is none
 
     @property
-    def max_array(self) -> int:  # type: ignore[override]  # asked for when it is needed
+    def max_array(self) -> int:
         """How many jobs an array may have, asked for once."""
         with self._asking:
             if self._max_array is None:
@@ -166,7 +166,7 @@ class SlurmScheduler(Scheduler):
             "squeue", "--noheader", "--me", "--states=all", f"--name={request.name}", fields
         )
         answer.expect_success()
-        arrays = words.read_array_ids(answer.stdout)
+        arrays = words.read_array_ids(answer.stdout) - words.read_refused_arrays(answer.stdout)
         if self._has_accounting:
             account = self._account("--allocations", "--starttime=now-30days", f"--name={request.name}")
             if account is not None:

@@ -38,13 +38,13 @@ _MIB = 2**20
 
 # Until the worker has a handler for it, the signal that time is nearly up would end the shell, or the worker.
 _DEAF = "trap '' USR2"
-# While the worker is in the background the shell can pass on the signal that its time is up, and does not die
-# of the one that ends the job: so the teardown is reached.
+# Slurm signals the shell alone, both before the time is up and when the job is cancelled. While the worker is
+# in the background the shell can pass that on, and wait for it, and so reach its own end.
 _WITH_TEARDOWN = """\
 {command} &
 worker=$!
 trap 'signalled=1; kill -USR2 "$worker"' USR2
-trap 'signalled=1' TERM
+trap 'signalled=1; kill -TERM "$worker"' TERM
 while signalled=; wait "$worker"; code=$?; [ -n "$signalled" ]; do :; done"""
 
 

@@ -195,6 +195,22 @@ def read_array_ids(text: str) -> set[str]:
     return {match[1] for line in text.splitlines() if (match := _ARRAY_ID.match(line))}
 
 
+def read_refused_arrays(text: str) -> set[str]:
+    """The ids of arrays that squeue shows though sbatch has refused them, if `text` is what squeue says.
+
+    Slurm makes a record of an array before it finds that no nodes could have it, and leaves it there. None of
+    the other jobs that cannot be satisfied has failed: they wait.
+    """
+    refused: set[str] = set()
+    others: set[str] = set()
+    for line in text.splitlines():
+        if match := _SQUEUE_ROW.fullmatch(line.strip()):
+            array, _, word, _, node, reason = match.groups()
+            is_refused = (word, reason) == ("FAILED", "BadConstraints") and node in _NO_NODE
+            (refused if is_refused else others).add(array)
+    return refused - others
+
+
 def read_returncode(text: str) -> int | None:
     """An exit code: "3:0", "0:9", or the number that wait(2) gives, as squeue has it.
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+import weakref
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from fractal_runner.executors.base import stopped_error
 from fractal_runner.executors.batch.errands import Errands, Note
@@ -14,6 +16,7 @@ from fractal_runner.executors.batch.scheduler import Scheduler
 
 _AGAIN_S = 1.0
 _CANCEL_LIMIT_S = 60.0
+_GIVE_UP_S = 120.0  # after a job was cancelled, for which its calls are waited for
 _STOP_S = 10.0  # within which a job that has nothing left to do has to end by itself
 _logger = logging.getLogger("fractal_runner")
 
@@ -50,6 +53,9 @@ class Stopping:
         self._name = name
         self._clock = clock
         self._places: dict[Job, list[int]] = {}  # calls to end, by their places
+        self._untold: dict[Job, list[int]] = {}  # the same, for jobs that are being submitted
+        self._tell_at = 0.0
+        self._deaf: weakref.WeakSet[Job] = weakref.WeakSet()  # it has been warned of that they are not told
         self._cancels: list[str] = []
         self._cancel_at = 0.0
         self._refused_since: float | None = None  # the scheduler does not take them
@@ -60,17 +66,19 @@ class Stopping:
 
     def due(self) -> float:
         """When there is something to do."""
+        due = [job.stop_by for job in self._roster.jobs if job.stop_by is not None]
         if self._places:
-            return 0.0
-        due = self._cancel_at if self._cancels and not self._errands.asking else math.inf
-        return min((job.stop_by for job in self._roster.jobs if job.stop_by is not None), default=due)
+            due.append(self._tell_at)
+        if self._cancels and not self._errands.asking:
+            due.append(self._cancel_at)
+        return min(due, default=math.inf)
 
     def stop(self, items: Sequence[Item]) -> None:
         """End calls that run."""
         for item in items:
             item.stopping = True
             if (job := item.job) is None:  # between two jobs
-                item.call.fail(stopped_error(item.call))
+                item.fail(stopped_error(item.call))
             elif job in self._roster.jobs:
                 self._places.setdefault(job, []).append(item.place)
 
@@ -87,25 +95,48 @@ class Stopping:
         job.cancelled = True
         if job.id is not None:
             self._cancels.append(job.id)
+            self._write(job)  # the scheduler may refuse, or be too late
 
     def submitted(self, array: Array) -> None:
         """The ids of jobs are known now, also of those that are not wanted any more."""
         self._cancels += [job.id for job in array.jobs if job.cancelled and job.id is not None]
+        for job in array.jobs:
+            if job.cancelled:
+                self._write(job)
+            if (places := self._untold.pop(job, None)) is not None:
+                self._places.setdefault(job, []).extend(places)
+
+    def withdraw(self, job: Job) -> None:
+        """A job is taken for over. If it is not, or is started again, it is to do nothing more."""
+        self._write(job)
 
     def say(self) -> None:
         """Say all that is to be said."""
         now = self._clock()
-        said, self._places = self._places, {}
-        for job, places in said.items():
-            if job in self._roster.jobs:
-                self._tell(job, places, now)
+        if self._places and now >= self._tell_at:
+            said, self._places = self._places, {}
+            for job, places in said.items():
+                if job in self._roster.jobs:
+                    self._tell(job, places, now)
+            self._untold = {job: places for job, places in self._untold.items() if job in self._roster.jobs}
         for job in [job for job in self._roster.jobs if job.stop_by is not None and now >= job.stop_by]:
-            job.stop_by = None
-            if not job.is_over:
+            if job.cancelled:
+                self._give_up(job)
+            elif not job.is_over:
                 self.cancel(job)
+                job.stop_by = now + _GIVE_UP_S
+            else:
+                job.stop_by = None
         if self._cancels and now >= self._cancel_at and not self._errands.asking:
             ids, self._cancels = self._cancels, []
             self._errands.ask(lambda: self._cancel(ids), lambda error: self._not_cancelled(ids, error))
+
+    def _give_up(self, job: Job) -> None:
+        """Neither the job nor the scheduler has ended what was stopped: nobody is to wait for that."""
+        job.stop_by = None
+        for item in self._roster.drop(job):
+            item.fail(stopped_error(item.call, left_running=True))
+        self._on_dropped()
 
     def _tell(self, job: Job, places: list[int], now: float) -> None:
         is_useless = not job.unwatched and all(item.stopping for item in job.items.values())
@@ -113,18 +144,31 @@ class Stopping:
             job.stop_by = job.stop_by or now + _STOP_S
         elif is_useless and not job.cancelled:
             self.cancel(job)
-        fields = {} if is_useless else {"c": places}
+            job.stop_by = now + _GIVE_UP_S
+        if job.id is None:
+            self._untold.setdefault(job, []).extend(places)  # its files may not be there yet
+        elif not job.cancelled and not self._write(job, **({} if is_useless else {"c": places})):
+            self._places.setdefault(job, []).extend(places)
+            self._tell_at = now + _AGAIN_S
+        if job.cancelled and not job.items:
+            self._roster.drop(job)
+            self._on_dropped()
+
+    def _write(self, job: Job, **fields: Any) -> bool:
         try:
             log = RecordLog(job.array.files.control, sync=self._sync, patience_s=0)
             try:
                 log.write(Kind.STOP, n=job.number, **fields)
             finally:
                 log.close()
+        except FileNotFoundError:
+            return True  # its directory was removed: it does nothing any more
         except OSError as error:
-            _logger.warning("%s: %s could not be told to stop: %s", self._name, job.says, error)
-        if job.cancelled and not job.items:
-            self._roster.drop(job)
-            self._on_dropped()
+            if job not in self._deaf:
+                self._deaf.add(job)
+                _logger.warning("%s: %s could not be told to stop: %s", self._name, job.says, error)
+            return False
+        return True
 
     def _cancel(self, ids: Sequence[str]) -> Note:
         """In the thread that asks."""

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import shutil
 import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fractal_runner.executors.batch import verdicts
-from fractal_runner.executors.batch.adoption import PREFIX
+from fractal_runner.executors.batch.adoption import PREFIX, one_of_each
 from fractal_runner.executors.batch.errands import Errands, Note
 from fractal_runner.executors.batch.files import ArrayFiles, make_folder, put
 from fractal_runner.executors.batch.jobs import Array, Item, Job, Roster
@@ -30,6 +32,7 @@ from fractal_runner.executors.batch.scheduler import (
 from fractal_runner.executors.local import child
 
 _GATHER_S, _GATHER_LIMIT_S, _GATHER_BUSY_S = 0.1, 1.0, 5.0
+_MAX_ARRAY = 1000  # where the scheduler does not say
 _FIND_S, _FIND_LIMIT_S = 2.0, 60.0
 _logger = logging.getLogger("fractal_runner")
 
@@ -103,9 +106,9 @@ class Submitting:
         self._clock = clock
         self.incoming: deque[Item] = deque()  # left by whoever submits, from any thread
         self._waiting: dict[str, deque[Item]] = {}  # by what they need
-        self._first_at = self._newest_at = (
-            0.0  # when the first and the newest of those came that are gathered
-        )
+        self._first_at = self._newest_at = 0.0  # when the first and the newest of those being gathered came
+        self._max_array = limits.max_array or 0  # 0 as long as the scheduler has not said it
+        self._is_asking_for_it = False
         self._lost: deque[Array] = deque()
         self._find_at = 0.0
 
@@ -144,14 +147,28 @@ class Submitting:
             self._first_at = self._first_at or now
             if not item.future.done():
                 self._waiting.setdefault(item.group, deque()).append(item)
-        if self._first_at and now >= self._gathered_at():
-            self._first_at = 0.0
+        if not self._first_at or now < self._gathered_at():
+            return
+        self._first_at = 0.0
+        if self._max_array:
             for group in list(self._waiting):
                 items = deque(item for item in self._waiting.pop(group) if not item.future.done())
                 while items:
                     if not self._pack(items):
                         self._waiting[group] = items
                         break
+        elif not self._is_asking_for_it:
+            self._is_asking_for_it = True
+            self._errands.submit(self._ask_max_array, lambda _: self._learn_max_array(_MAX_ARRAY))
+
+    def _ask_max_array(self) -> Note:
+        """In the thread that submits."""
+        answer = self._scheduler.max_array
+        return lambda: self._learn_max_array(answer)
+
+    def _learn_max_array(self, count: int) -> None:
+        self._max_array = count
+        self.there_is_room()
 
     def look_for(self) -> None:
         """Find out about submissions whose answers were lost."""
@@ -182,15 +199,16 @@ class Submitting:
                 packed = packing.replaced(None, parallel).pack(len(items), **needs)
         except ValueError as error:
             for item in items:
-                item.call.fail(error)
+                item.fail(error)
             items.clear()
             return True
         # As many jobs as there would be if there were room for all of them: a few do not get everything.
         at_most = max(1, min(limits.max_jobs, limits.max_workers // parallel))
         per_job = max(packed.calls_per_job, math.ceil(len(items) / at_most))
-        jobs = min(room, max(1, places // parallel), limits.max_array or self._scheduler.max_array)
+        jobs = min(room, max(1, places // parallel), self._max_array)
         chosen = [items.popleft() for _ in range(min(len(items), jobs * per_job))]
         count = math.ceil(len(chosen) / per_job)
+        parallel = min(parallel, math.ceil(len(chosen) / count))
         # What came first is started first, whichever job it is in.
         self._submit([chosen[number::count] for number in range(count)], terms, parallel)
         return True
@@ -239,14 +257,16 @@ class Submitting:
             make_folder(self._folder)
             array.files.make(array.request.count)
             write_payload(array.files.payload, slices, array.terms, levels=child.levels_in_force())
-        except (OSError, RuntimeError) as error:  # a full disk, a folder that is not ours
+        except Exception as error:  # a full disk, a folder that is not ours: there is nothing to look for
             failure = error
             return lambda: self._refused(array, failure, verdicts.NOT_SUBMITTED)
         try:
             ids = self._scheduler.submit(array.request)
-        except SubmissionRefusedError as error:
-            refusal = error
+        except (SubmissionRefusedError, TypeError, ValueError) as error:
+            refusal: Exception = error
             return lambda: self._refused(array, refusal, verdicts.REFUSED)
+        if len(ids) != array.request.count:
+            raise SchedulerError(f"it gave {len(ids)} ids for {array.request.count} jobs")
         return lambda: self._submitted(array, ids)
 
     def _submitted(self, array: Array, ids: Sequence[str | None]) -> None:
@@ -262,7 +282,7 @@ class Submitting:
     def _refused(self, array: Array, error: Exception, reason: str) -> None:
         for job in array.jobs:
             for item in self._roster.drop(job):
-                item.call.fail(verdicts.unsubmitted(item, array, error, reason=reason))
+                item.fail(verdicts.unsubmitted(item, array, error, reason=reason))
         self.there_is_room()
 
     def _is_lost(self, array: Array, error: Exception) -> None:
@@ -280,15 +300,20 @@ class Submitting:
         """In the thread that asks. Claiming what nobody has keeps a late job from doing anything."""
         found = self._scheduler.find(array.request)
         if found:
-            first, *others = found
-            if spare := [id for ids in others for id in ids]:
+            chosen, spare = one_of_each(array.files, found)
+            if spare:
                 self._scheduler.cancel(spare)
-            return lambda: self._submitted(array, first)
+            return lambda: self._submitted(array, chosen)
+        return self._void(array, lambda: self._submit_again(array))
+
+    def _void(self, array: Array, then: Note) -> Note:
+        """Claim for nobody what no job has claimed; `then`, if that is all of it. In the thread that asks."""
         files = array.files
         void = [files.claim_for(job.number, None, void=True) for job in array.jobs]
         if all(void):
-            shutil.rmtree(files.directory, ignore_errors=True)  # a late job finds nothing to do
-            return lambda: self._submit_again(array)
+            os.unlink(files.payload)  # first of all: a late job may come while the claims are removed
+            shutil.rmtree(files.directory, ignore_errors=True)
+            return then
         # Jobs are there, whatever the scheduler says, and their claims have their ids.
         ids = [(files.claimed_by(job.number) or {}).get("job") for job in array.jobs]
         return lambda: self._partly_there(array, ids)
@@ -300,10 +325,12 @@ class Submitting:
                 self._on_void(job)
 
     def _not_found(self, array: Array, error: Exception) -> None:
-        if self._is_too_late(array):
-            self._refused(array, error, verdicts.NOT_SUBMITTED)
-        else:
+        if not self._is_too_late(array):
             self._look_later(array)
+            return
+        # It may have been submitted: who is told that it was not shall not find it running later.
+        failed = partial(self._refused, array, reason=verdicts.NOT_SUBMITTED)
+        self._errands.ask(lambda: self._void(array, lambda: failed(error)), failed)
 
     def _submit_again(self, array: Array) -> None:
         if self._is_too_late(array):

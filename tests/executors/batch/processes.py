@@ -8,12 +8,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from fractal_runner.executors.batch.base import BatchExecutor
 from fractal_runner.executors.batch.scheduler import ArrayRequest, JobState, JobStatus, Scheduler
 
-_JOB = """
+JOB_PROGRAM = """
 import sys
 from fractal_runner.executors.batch.job import run_job
 from fractal_runner.executors.batch.scheduler import JobPlace
@@ -31,7 +33,7 @@ class ProcessScheduler(Scheduler):
     """
 
     name = "PROCESSES"
-    max_array = 100
+    max_array = 100  # type: ignore[assignment]
 
     def __init__(self, places: int = 4) -> None:
         self._lock = threading.Lock()
@@ -116,7 +118,7 @@ class ProcessScheduler(Scheduler):
             request, number = self._jobs[id]
             with (request.directory / f"job-{number}.log").open("ab") as log:
                 process = subprocess.Popen(
-                    [sys.executable, "-c", _JOB, request.seen_as, str(number), id, str(restart)],
+                    [sys.executable, "-c", JOB_PROGRAM, request.seen_as, str(number), id, str(restart)],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
@@ -143,10 +145,7 @@ class ProcessBatchExecutor(BatchExecutor):
 
 def end_session(leader: int) -> None:
     """Kill all processes of a session."""
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                if os.getsid(int(entry)) == leader:
-                    os.kill(int(entry), signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+    for pid in (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()):
+        with suppress(ProcessLookupError):
+            if os.getsid(pid) == leader:
+                os.kill(pid, signal.SIGKILL)

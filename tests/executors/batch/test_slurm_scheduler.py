@@ -209,6 +209,13 @@ def test_array_ids_are_those_of_either_command() -> None:
     assert words.read_array_ids("CLUSTER: tests\n\n12") == {"12"}
 
 
+def test_arrays_that_were_refused_are_told_from_those_that_failed() -> None:
+    refused = "31|0|FAILED|1|n/a|BadConstraints|\n31|1|FAILED|1|n/a|BadConstraints|\n"
+    failed = "32|0|FAILED|256|n1|NonZeroExitCode|\n33|0|PENDING|0|n/a|BadConstraints|\n"
+    mixed = "34|0|FAILED|1|n/a|BadConstraints|\n34|1|RUNNING|0|n1|None|\n"
+    assert words.read_refused_arrays(refused + failed + mixed) == {"31"}
+
+
 # Whatever a command says.
 
 _ROWS = st.lists(
@@ -235,6 +242,7 @@ def test_no_answer_is_too_strange_to_be_read(text: str) -> None:
         status = read(text).of("1_0")
         assert status is None or status.state is not LOST
     words.read_array_ids(text)
+    words.read_refused_arrays(text)
     words.read_max_array(text)
     words.is_refusal(text)
 
@@ -966,9 +974,10 @@ WORKER = """\
 #!/usr/bin/env python3
 import signal, sys, time
 told = []
-signal.signal(signal.SIGUSR2, lambda *_: (print("told", flush=True), told.append(1)))
+for number in (signal.SIGUSR2, signal.SIGTERM):
+    signal.signal(number, lambda number, _: (print("told", number, flush=True), told.append(number)))
 print("ready", flush=True)
-while not told:
+while 15 not in told:
     time.sleep(0.01)
 sys.exit(3)
 """
@@ -986,7 +995,9 @@ def test_the_worker_is_told_what_the_shell_is_told(
         assert shell.stdout is not None
         assert shell.stdout.readline() == "ready\n"
         shell.send_signal(12)
-        assert shell.stdout.read().split("\n") == ["told", *(["torn down"] if teardown else []), ""]
+        assert shell.stdout.readline() == "told 12\n"
+        shell.send_signal(15)
+        assert shell.stdout.read().split("\n") == ["told 15", *(["torn down"] if teardown else []), ""]
         assert shell.wait(10) == 3
 
 
