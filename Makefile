@@ -30,6 +30,7 @@ test: .venv/.dev .venv-tasks/.ready .venv-cpython/.ready lint
 
 # Some of what the tests do ten times, a hundred times: an hour on two cores.
 chaos: .venv/.dev
+	.ci/install-slurm
 	FRACTAL_RUNNER_CHAOS_RUNS=100 FRACTAL_RUNNER_CHAOS_KILLS=12 \
 		.venv/bin/python -m pytest -n 2 --dist worksteal tests/history/test_kills.py
 

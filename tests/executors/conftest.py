@@ -54,7 +54,18 @@ def _await_none(left: Callable[[], object], what: str) -> None:
 
 def _children() -> set[psutil.Process]:
     children = psutil.Process().children(recursive=True)
-    return {child for child in children if not any(word in _described(child) for word in _KEPT)}
+    # What a cluster starts anew is below its keeper, which ends all of it with the cluster.
+    keepers = [child for child in children if "clusters/slurm/keeper.py" in _described(child)]
+    kept = {child for keeper in keepers for child in _below(keeper)}
+    others = set(children) - kept
+    return {child for child in others if not any(word in _described(child) for word in _KEPT)}
+
+
+def _below(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return process.children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
 
 
 def _described(child: psutil.Process) -> str:

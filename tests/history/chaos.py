@@ -21,6 +21,7 @@ import sys
 import time
 import traceback
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ async def go_on(place: Path, **more: Any) -> Dataset:
         workflow=workflow_in(place, plan["units"]),
         dataset=Dataset(name="d", zarr_dir="/z"),
         workflow_dir_local=place / "run",
-        executor=(plan["executor"], {"max_workers": WORKERS}),
+        executor=(plan["executor"], {"max_workers": WORKERS, **plan["options"]}),
         resume=True,
         grace_s=0.2,
         **more,
@@ -126,13 +127,29 @@ class KilledRun:
         executor: the executor's name.
         seed: decides when it is killed.
         units: how many units each of its tasks has.
+        options: the executor's, beside how many units run at a time.
+        outlives: whether units that run go on without their coordinator, and are taken on by the next one.
+        life_s: how long a coordinator lives at most before it is killed.
     """
 
-    def __init__(self, place: Path, executor: str, seed: int = 0, units: int = UNITS) -> None:
+    def __init__(
+        self,
+        place: Path,
+        executor: str,
+        seed: int = 0,
+        *,
+        units: int = UNITS,
+        options: Mapping[str, Any] | None = None,
+        outlives: bool = False,
+        life_s: float = 0.8,
+    ) -> None:
         place.mkdir(parents=True, exist_ok=True)
-        (place / "plan.json").write_text(json.dumps({"executor": executor, "units": units}))
+        plan = {"executor": executor, "units": units, "options": dict(options or {})}
+        (place / "plan.json").write_text(json.dumps(plan))
         self.place = place
         self.kills = 0
+        self._outlives = outlives
+        self._life_s = life_s
         self._units = units
         self._random = random.Random(seed)
 
@@ -143,7 +160,7 @@ class KilledRun:
             if self._random.random() < 0.8:  # else it may not even have begun
                 self._wait_until_it_works(process)
             try:
-                process.wait(self._random.uniform(0, 0.8))
+                process.wait(self._random.uniform(0, self._life_s))
                 break
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
@@ -151,7 +168,7 @@ class KilledRun:
                 self.kills += 1
         else:
             process = self.start()
-            process.wait(120)
+            process.wait(300)
         assert process.returncode == 0, (self.place / "errors").read_text()
 
     def _wait_until_it_works(self, process: subprocess.Popen[bytes]) -> None:
@@ -185,7 +202,8 @@ class KilledRun:
             for (_, end), (start, _) in itertools.pairwise(spans):
                 assert end <= start, f"two executions of {unit} overlap: {spans}"
         twice = sum(len(spans) - 1 for spans in executions.values())
-        assert twice <= WORKERS * self.kills, f"{twice} repetitions after {self.kills} kill(s)"
+        most = 0 if self._outlives else WORKERS * self.kills
+        assert twice <= most, f"{twice} repetitions after {self.kills} kill(s)"
         with sqlite3.connect(self.place / "run" / "history.sqlite") as database:
             done = database.execute(
                 "SELECT position, stage, number, count(*) FROM fractal_runner_units WHERE state = 'done' "

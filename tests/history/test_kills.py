@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.clusters.slurm import SlurmCluster
+from tests.clusters.slurm.fixtures import slurm_cluster  # noqa: F401
 from tests.history import chaos
 
 # `make chaos` asks for more of both.
 RUNS = int(os.environ.get("FRACTAL_RUNNER_CHAOS_RUNS", "10"))
 KILLS = int(os.environ.get("FRACTAL_RUNNER_CHAOS_KILLS", "5"))
+SLURM_RUNS = max(1, RUNS // 10)  # each job of a cluster takes its time to start
 EXECUTORS = ["thread", "process", "fork", "spawn"]
 
 
@@ -26,6 +29,26 @@ def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(tmp_pat
     run.run(KILLS)
 
     run.check()
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("seed", range(SLURM_RUNS))
+def test_over_a_cluster_no_unit_is_repeated_however_often_its_coordinator_is_killed(
+    tmp_path: Path,
+    seed: int,
+    slurm_cluster: SlurmCluster,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in slurm_cluster.env.items():
+        monkeypatch.setenv(name, value)
+    slurm_cluster.reset()
+    options = {"poll_interval": 1, "mem": 100}
+    run = chaos.KilledRun(tmp_path / "run", "slurm", seed, options=options, outlives=True, life_s=3)
+
+    run.run(KILLS)
+
+    run.check()
+    slurm_cluster.reset()
 
 
 @pytest.mark.timeout(1200)

@@ -19,13 +19,19 @@ from fractal_runner.executors.batch.records import Kind, Record
 from fractal_runner.executors.batch.scheduler import JobState, JobStatus, Scheduler
 from fractal_runner.executors.local.reports import handle_record
 
-_LOOK_S, _LOOK_LIMIT_S, _LOOK_GROWTH = 0.02, 0.5, 1.5
+_LOOK_S, _LOOK_LIMIT_S, _LOOK_GROWTH = 0.02, 0.5, 1.1
 _LOOK_SHARE = 5.0  # looking takes no more than a fifth of the time
 _LOOKS = 200  # files opened at a time
 _POLL_S, _POLL_GROWTH = 1.0, 1.5
 _LOST_S = 15.0  # for which a scheduler must not know a job, before it is given up
 _UNDECIDED_S = 60.0  # for which files that cannot be written are tried again
 _TRIES = 3
+# Of an array, a scheduler forgets no job that waits, unless it was told to.
+_TAKEN_OUT = JobStatus(
+    JobState.ENDED,
+    "CANCELLED",
+    detail="it waited, and is not there any more, while others of its array are: somebody has cancelled it",
+)
 _logger = logging.getLogger("fractal_runner")
 
 
@@ -248,10 +254,14 @@ class Following:
             _logger.warning("%s: the scheduler answers again", self._name)
         for array in {id(job.array): job.array for job in jobs if job in self._roster.jobs}.values():
             _find_starts(array)
+        lost = JobStatus(JobState.LOST)
+        known = {job.array for job in jobs if answers.get(str(job.id), lost).state is not JobState.LOST}
         changed = False
         for job in jobs:
             if job in self._roster.jobs and not job.is_over:
-                status = answers.get(str(job.id), JobStatus(JobState.LOST))
+                status = answers.get(str(job.id), lost)
+                if status.state is JobState.LOST and job.array in known and job.was_waiting:
+                    status = _TAKEN_OUT
                 changed |= job.status is None or job.status.state != status.state
                 if status.state is not JobState.LOST or job.status is None:
                     job.status = status

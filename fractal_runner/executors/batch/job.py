@@ -32,6 +32,7 @@ from fractal_runner.executors.batch.scheduler import JobPlace
 from fractal_runner.executors.calls import Call, CallOptions
 from fractal_runner.executors.local import child
 from fractal_runner.executors.local.dispatcher import Budget, Dispatcher
+from fractal_runner.executors.local.peers import KILLED_HINT
 from fractal_runner.executors.local.pickling import dump
 from fractal_runner.executors.local.workers import KeptForkWorker, Surroundings
 from fractal_runner.filesystems import is_shared
@@ -109,6 +110,9 @@ class _Job:
         self._log = log
         self._earlier = earlier
         self._control = Tail(files.control)
+        self._listening = threading.Lock()  # guards the next two, and the file that they come from
+        self._stopped: set[int] = set()
+        self._all_stopped = False
         self._changed = threading.Event()
         self._calls: dict[int, _JobCall] = {}
         self._futures: dict[int, Future[Any]] = {}
@@ -208,18 +212,29 @@ class _Job:
             del self._futures[place]
             self._calls.pop(place, None)
 
-    def _heed(self, dispatcher: Dispatcher) -> str:
-        """Do what the executor has said since the last look; why nothing more is started, if it said so."""
-        why = ""
-        with suppress(FileNotFoundError):  # somebody has removed it: there is nothing to be heard
+    def is_told_to_stop(self, place: int) -> bool:
+        """Whether the executor has said that this call is not to be run, as of now. From any thread."""
+        self._listen()
+        return self._all_stopped or place in self._stopped
+
+    def _listen(self) -> None:
+        """Hear what the executor has said since the last look."""
+        # Somebody may have removed the file: then there is nothing to be heard.
+        with self._listening, suppress(FileNotFoundError):
             for record in self._control.read():
                 if record.kind == Kind.STOP and record.fields["n"] == self._number:
                     chosen = record.fields.get("c")
-                    if chosen is None:
-                        why = STOPPED
-                        chosen = list(self._futures)
-                    self._stop(dispatcher, chosen)
-        return why
+                    self._all_stopped |= chosen is None
+                    self._stopped.update(chosen or ())
+
+    def _heed(self, dispatcher: Dispatcher) -> str:
+        """Do what the executor has said; why nothing more is started, if it said so."""
+        self._listen()
+        if self._all_stopped:
+            self._stop(dispatcher, list(self._futures))
+            return STOPPED
+        self._stop(dispatcher, [place for place in list(self._futures) if place in self._stopped])
+        return ""
 
     def _stop(self, dispatcher: Dispatcher, places: list[int]) -> None:
         for place in places:
@@ -285,9 +300,13 @@ class _JobWorker(KeptForkWorker):
         self._kills: int | None = None
 
     def run(self, call: Call) -> None:
+        stored: StoredCall = getattr(call, "stored")  # noqa: B009  it is a _JobCall
         if self._job.takes_no_more:
             self._job.has_left_some = True
             call.succeed(None)  # not a word of it: it has not started
+            return
+        if self._job.is_told_to_stop(stored.place):
+            call.succeed(None)
             return
         self._call = call
         self._kills = oom_kills()
@@ -336,8 +355,8 @@ class _JobWorker(KeptForkWorker):
         if self._job.terminating or self._job.broken is not None:
             call.fail(error)
             return
-        if code == -signal.SIGKILL and self._kills is not None and (oom_kills() or 0) > self._kills:
-            error = _out_of_memory(error)
+        if code == -signal.SIGKILL and self._kills is not None and isinstance(error, JobExecutionError):
+            error = _told_who_killed(error, oom=(oom_kills() or 0) > self._kills)
         printed = call.future.output.encode()
         self._write(Kind.FAIL, printed, cloudpickle.dumps(error), out=len(printed), t=time.time())
         self._job.has_ended_some = True
@@ -351,12 +370,16 @@ class _JobWorker(KeptForkWorker):
             raise
 
 
-def _out_of_memory(error: BaseException) -> JobExecutionError:
+def _told_who_killed(error: JobExecutionError, *, oom: bool) -> JobExecutionError:
+    """The error of a worker process that was killed: here it is known whether it was for want of memory."""
+    what = str(error).replace(KILLED_HINT, "")
+    if not oom:
+        return JobExecutionError(what, reason=error.reason, returncode=error.returncode)
     return JobExecutionError(
-        f"{str(error).split(' (is it')[0]}: the kernel ended a process of this job for want of memory while "
-        "the call ran. Ask for more memory, or let fewer calls run at a time.",
+        f"{what} The kernel ended a process of this job for want of memory meanwhile: ask for more memory, "
+        "or let fewer calls run at a time.",
         reason=OUT_OF_MEMORY,
-        returncode=-signal.SIGKILL,
+        returncode=error.returncode,
     )
 
 

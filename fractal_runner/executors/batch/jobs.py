@@ -13,7 +13,7 @@ from typing import Any
 from fractal_runner.executors.batch.files import ArrayFiles
 from fractal_runner.executors.batch.payload import PackedCall, Terms
 from fractal_runner.executors.batch.records import Record, Tail
-from fractal_runner.executors.batch.scheduler import ArrayRequest, JobStatus
+from fractal_runner.executors.batch.scheduler import ArrayRequest, JobState, JobStatus
 from fractal_runner.executors.calls import Call
 
 LOG_TAIL_BYTES = 4096
@@ -158,6 +158,11 @@ class Job:
     def has_started(self) -> bool:
         """Whether it has said anything."""
         return self.node is not None
+
+    @property
+    def was_waiting(self) -> bool:
+        """Whether the last that was heard of it is that it waits for its turn."""
+        return not self.has_started and self.status is not None and self.status.state is JobState.QUEUED
 
     @property
     def damage(self) -> str:

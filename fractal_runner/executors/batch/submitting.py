@@ -31,7 +31,7 @@ from fractal_runner.executors.batch.scheduler import (
 )
 from fractal_runner.executors.local import child
 
-_GATHER_S, _GATHER_LIMIT_S, _GATHER_BUSY_S = 0.1, 1.0, 5.0
+_GATHER_S, _GATHER_LIMIT_S, _GATHER_BUSY_S = 0.05, 1.0, 5.0
 _MAX_ARRAY = 1000  # where the scheduler does not say
 _FIND_S, _FIND_LIMIT_S = 2.0, 60.0
 _logger = logging.getLogger("fractal_runner")

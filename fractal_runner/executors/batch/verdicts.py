@@ -97,34 +97,32 @@ def unsubmitted(item: Item, array: Array, error: Exception, *, reason: str) -> J
 
 def never_started(item: Item, job: Job, tries: int) -> JobExecutionError:
     """The error of a call that one job after the other was to start, and did not."""
-    why = job.refused or job.closed
-    error = of_job(
-        *(job, item, f"was given to {tries} jobs, and none of them started it; the last one"),
-        reason=reason_of(job) if why is None else REFUSED,
-        status=job.status,
-    )
-    if why is not None:
-        error.args = (f"{error.args[0]}\nIt said: {why}.", *error.args[1:])
-    elif not job.log_tail():
+    what = f"was given to {tries} jobs, and none of them started it"
+    if job.closed is not None:
+        return _said(item, job, f"{what}. The last one, {job.says}, says: {job.closed}")
+    error = of_job(job, item, f"{what}; the last one", reason=reason_of(job), status=job.status)
+    if not job.log_tail():
         error.args = (
             f"{error.args[0]}\nIt has printed nothing: do its nodes see {job.array.files.directory}, and "
             "can they run the executor's `python`?",
-            *error.args[1:],
         )
     return error
 
 
 def refused(item: Item, job: Job) -> JobExecutionError:
     """The error of a call whose job did none of its calls, as no other job would."""
-    error = JobExecutionError(
-        f"The call {item.call.name!r} was not run: {job.refused}",
+    return _said(item, job, f"was not run: {job.refused}")
+
+
+def _said(item: Item, job: Job, what: str) -> JobExecutionError:
+    return JobExecutionError(
+        f"The call {item.call.name!r} {what}",
         reason=REFUSED,
         job_id=job.id,
         node=job.node,
         stdout_file=job.log,
         stderr_file=job.log,
     )
-    return error
 
 
 def damaged(item: Item, job: Job) -> JobExecutionError:

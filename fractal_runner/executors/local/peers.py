@@ -26,6 +26,7 @@ from fractal_runner.executors.local.reports import handle_record
 from fractal_runner.quantities import format_time
 from fractal_runner.worker import processes
 
+KILLED_HINT = " (is it the kernel's out-of-memory killer? its log, dmesg, tells)"
 OUTPUT_LIMIT_BYTES = 16 * 2**20
 _TICK_S = 0.25  # how often it is looked whether the call is to be stopped
 _TERM_GRACE_S = 1.0
@@ -207,16 +208,19 @@ class Peer:
         self._has_exited(_EXIT_WAIT_S)
         code = self._process.exitcode
         processes.end_tree(self.pid, 0)
+        reason = None
         if code is not None and code < 0:
-            name = processes.signal_name(-code)
+            reason = name = processes.signal_name(-code)
             how = f"was killed by {name}"
             if name == "SIGKILL":
-                how += " (is it the kernel's out-of-memory killer? its log, dmesg, tells)"
+                how += KILLED_HINT
             elif name in ("SIGSEGV", "SIGABRT", "SIGBUS", "SIGFPE", "SIGILL"):
                 how += " (a fault in native code)"
         else:
             how = "has gone" if code is None else f"ended with exit code {code}"
-        return JobExecutionError(f"The worker process (pid {self.pid}) {how}, {when}.", returncode=code)
+        return JobExecutionError(
+            f"The worker process (pid {self.pid}) {how}, {when}.", reason=reason, returncode=code
+        )
 
     def kill(self, grace_s: float = _TERM_GRACE_S) -> None:
         """End the process and all that it has started."""
