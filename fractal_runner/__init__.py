@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         TaskOutputValidationError,
     )
     from fractal_runner.executors.base import Executor
-    from fractal_runner.executors.batch.slurm_executor import SlurmExecutor
+    from fractal_runner.executors.batch.slurm import SlurmExecutor
     from fractal_runner.executors.calls import CallOptions, TaskInfo, current_context
     from fractal_runner.executors.local.executors import (
         ForkExecutor,
@@ -97,7 +97,7 @@ _HOME_OF = {
         *("TaskExecutionError", "TaskOutputValidationError"),
     ),
     "executors.base": ("Executor",),
-    "executors.batch.slurm_executor": ("SlurmExecutor",),
+    "executors.batch.slurm": ("SlurmExecutor",),
     "executors.calls": ("CallOptions", "TaskInfo", "current_context"),
     "executors.local.executors": (
         *("ForkExecutor", "ProcessExecutor", "SerialExecutor", "SpawnExecutor", "ThreadExecutor"),

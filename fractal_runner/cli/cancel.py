@@ -47,6 +47,9 @@ def cancel_run(
     before = found.condition()
     if before.coordinator is None:
         how = "It was interrupted" if before.state == INTERRUPTED else f"It has ended: {before.state}"
+        if before.state == INTERRUPTED:
+            _ask(found)
+            how += ", and what it has left running, on a cluster for one, is told to end"
         say(f"Nobody is at work on the run in {found.directory}. {how}.{_to_go_on(found, before)}")
         return EXIT_NOBODY
     who = before.coordinator

@@ -36,7 +36,7 @@ _PLACES = {
     "fork": f"{_LOCAL}:ForkExecutor",
     "process": f"{_LOCAL}:ProcessExecutor",
     "serial": f"{_LOCAL}:SerialExecutor",
-    "slurm": "fractal_runner.executors.batch.slurm_executor:SlurmExecutor",
+    "slurm": "fractal_runner.executors.batch.slurm:SlurmExecutor",
     "spawn": f"{_LOCAL}:SpawnExecutor",
     "thread": f"{_LOCAL}:ThreadExecutor",
 }

@@ -18,7 +18,7 @@ from fractal_runner.history.writing import OwnershipLostError
 from fractal_runner.worker import processes
 from fractal_runner.worker.command import MARK_VARIABLE, run_unit
 from fractal_runner.worker.processes import host_name
-from fractal_runner.worker.spec import UNKILLABLE, UnitResult
+from fractal_runner.worker.spec import CANCELLED, UNKILLABLE, UnitResult
 from fractal_runner.worker.stop import ask_to_stop
 from fractal_runner.workflow import plan
 from fractal_runner.workflow.conditions import Conditions
@@ -85,6 +85,7 @@ class StageRun:
         self._watch = Watch(self._place, conditions)
         self._dispatch: Dispatch | None = None
         self._judged: list[Judged] = []  # recorded with the next flush, and used then
+        self._adopted: dict[int, int] = {}  # the attempts that were taken on, by their units
         self._retried: dict[int, Judged] = {}  # the last failures of units that are tried again
         self._no_more = False  # nothing starts any more
         self._problem: HistoryError | None = None
@@ -122,6 +123,7 @@ class StageRun:
             takes_back=executors.takes_back(name),
         )
         for one in adopted:
+            self._adopted[one.unit.index] = one.unit.attempt
             dispatch.adopt(one.unit, one.future)
         self._dispatch = dispatch
         try:
@@ -290,6 +292,8 @@ class StageRun:
         """The unit as it is to be tried again; None if it has failed for good."""
         wanted, unit = self._stage.resources, judged.unit
         from_outside = isinstance(judged.failure, JobExecutionError)
+        if self._was_stopped_before(judged) and not (self._no_more or self._must_stop()):
+            return replace(unit, attempt=unit.attempt + 1)
         if unit.retry >= wanted.retries or not (from_outside or wanted.retry_any):
             return None
         if self._no_more or self._run.drain.is_set() or self._must_stop():
@@ -299,6 +303,15 @@ class StageRun:
         if wanted.retry_elsewhere and host:
             avoid = tuple(sorted({*avoid, host}))
         return replace(unit, attempt=unit.attempt + 1, retry=unit.retry + 1, avoid=avoid)
+
+    def _was_stopped_before(self, judged: Judged) -> bool:
+        """Whether a call that was taken on had been told to stop while nobody was there: it is run again."""
+        adopted = self._adopted.get(judged.unit.index) == judged.unit.attempt
+        return (
+            adopted
+            and isinstance(failure := judged.failure, JobExecutionError)
+            and failure.reason == CANCELLED
+        )
 
     def _take_back(self, dispatch: Dispatch) -> None:
         """Let nothing start any more."""

@@ -21,10 +21,10 @@ from typing import Any
 import pytest
 
 from fractal_runner.errors import ExecutorError, JobExecutionError
+from fractal_runner.executors import leaving
 from fractal_runner.executors.base import View
 from fractal_runner.executors.calls import current_context
 from fractal_runner.executors.cpus import THREAD_VARIABLES
-from fractal_runner.executors.local import executors
 from fractal_runner.executors.local.executors import (
     ForkExecutor,
     LocalExecutor,
@@ -664,7 +664,7 @@ def test_a_fork_does_not_wait_for_its_parents_executors_when_it_ends(make: Any) 
     make(ThreadExecutor, 1).submit(abs, 1).result(PATIENCE_S)
     executor = make(ForkExecutor, 1)
 
-    assert executor.submit(lambda: len(executors._Known.dispatchers)).result(PATIENCE_S) == 0
+    assert executor.submit(lambda: len(leaving._Known.holders)).result(PATIENCE_S) == 0
 
 
 # Logs that cannot be

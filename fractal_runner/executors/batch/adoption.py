@@ -21,7 +21,7 @@ from fractal_runner.executors.batch.payload import Payload, StoredCall
 from fractal_runner.executors.batch.scheduler import ArrayRequest, Scheduler, SchedulerError
 
 PREFIX = "fr-"
-_PATIENCE_S = 120.0  # for a scheduler that does not answer
+_PATIENCE_S = 60.0  # for a scheduler that does not answer
 _AGAIN_S = 2.0
 _logger = logging.getLogger("fractal_runner")
 
@@ -59,7 +59,8 @@ class Adoption:
         """The call of this key, and the job that it was given to.
 
         Raises:
-            JobExecutionError: if the scheduler does not answer, so that nobody knows.
+            JobExecutionError: if the scheduler does not answer, or what was written cannot be read, so that
+                nobody knows.
             NotOursError: if a directory belongs to somebody else.
         """
         if self._index is None:
@@ -70,7 +71,11 @@ class Adoption:
                 continue  # its work was claimed for nobody
             slice_ = self._slices.get((directory, number))
             if slice_ is None:
-                slice_ = self._slices[directory, number] = self._payloads[directory].calls(number)
+                try:
+                    slice_ = self._payloads[directory].calls(number)
+                except (ExecutorError, OSError) as error:
+                    raise self._unknown(directory, error) from error
+                self._slices[directory, number] = slice_
             return array.jobs[number], slice_[place]
         return None
 
@@ -85,9 +90,8 @@ class Adoption:
             try:
                 payload = Payload(f"{directory}/{PAYLOAD}")
                 rows = [(n, p, key) for n in range(payload.count) for p, key in enumerate(payload.keys(n))]
-            except (ExecutorError, OSError) as error:
-                _logger.warning("what was submitted as %s cannot be taken on: %s", directory, error)
-                continue
+            except (ExecutorError, OSError, ValueError) as error:
+                raise self._unknown(directory, error) from error
             self._payloads[directory] = payload
             for number, place, key in rows:
                 if key is not None:
@@ -95,6 +99,25 @@ class Adoption:
         for places in index.values():
             places.sort()
         return index
+
+    def _unknown(self, directory: str, error: Exception) -> JobExecutionError:
+        """The error where nobody knows which calls there are, and which of them may be running."""
+        try:
+            ids = f", {', '.join(map(str, self._read_ids(ArrayFiles(directory))))}"
+        except (OSError, ValueError, ExecutorError):
+            ids = ""
+        return JobExecutionError(
+            f"What was submitted as {directory} cannot be taken on: {error}. It may be running: once its "
+            f"jobs{ids} have ended or were cancelled, move the directory away.",
+            reason="UNKNOWN_OUTCOME",
+            info=str(error),
+        )
+
+    @staticmethod
+    def _read_ids(files: ArrayFiles) -> list[str | None]:
+        with open_ours(files.jobs) as fd:
+            ids: list[str | None] = json.loads(os.read(fd, os.fstat(fd).st_size))
+        return ids
 
     def _adopted(self, directory: str) -> Array | None:
         """An array, its jobs known by their ids; None if it was never submitted, and never will be."""
@@ -124,9 +147,7 @@ class Adoption:
     def _ids(self, files: ArrayFiles, request: ArrayRequest) -> list[str | None] | None:
         """The ids of an array's jobs; None in the place of one that does not exist."""
         try:
-            with open_ours(files.jobs) as fd:
-                ids: list[str | None] = json.loads(os.read(fd, os.fstat(fd).st_size))
-                return ids
+            return self._read_ids(files)
         except FileNotFoundError:
             pass
         found = self._found(request)

@@ -24,6 +24,7 @@ class Errands:
     Attributes:
         submitting: how many submissions are under way.
         asking: whether something is being asked.
+        matters: whether what is being asked has to be known before all is done.
     """
 
     def __init__(self, name: str, note: Callable[[Note], None]) -> None:
@@ -33,21 +34,23 @@ class Errands:
         # end, which is when most of the waiting for jobs is done.
         self._threads: dict[str, tuple[threading.Thread, _Queue]] = {}
         self.submitting = 0
-        self.asking = False
+        self.asking = self.matters = False
 
     def submit(self, errand: Callable[[], Note], failed: Callable[[Exception], None]) -> None:
         """Have something submitted, after what is being submitted."""
         self.submitting += 1
         self._send("submits", errand, failed, self._submitted)
 
-    def ask(self, errand: Callable[[], Note], failed: Callable[[Exception], None]) -> None:
+    def ask(
+        self, errand: Callable[[], Note], failed: Callable[[Exception], None], *, matters: bool = True
+    ) -> None:
         """Have something asked; one question at a time."""
-        self.asking = True
+        self.asking, self.matters = True, matters
         self._send("asks", errand, failed, self._asked)
 
     @property
     def is_idle(self) -> bool:
-        return not self.submitting and not self.asking
+        return not self.submitting and not (self.asking and self.matters)
 
     def release(self) -> list[threading.Thread]:
         """Let go of the threads, which end by themselves; there are new ones for what comes later."""

@@ -235,7 +235,7 @@ class Following:
         self._poll_at = now + self._poll_s
         if jobs:
             self.polls += 1
-            self._errands.ask(lambda: self._states(jobs), self._no_answer)
+            self._errands.ask(lambda: self._states(jobs), self._no_answer, matters=False)
 
     def _states(self, jobs: Sequence[Job]) -> Note:
         """In the thread that asks."""

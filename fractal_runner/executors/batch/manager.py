@@ -28,6 +28,7 @@ from fractal_runner.executors.batch.submitting import Limits, Submitting
 from fractal_runner.filesystems import is_shared
 
 _GRACE_S, _GRACE_SHARED_S = 1.0, 10.0
+_LEAVE_S = 1.0
 _logger = logging.getLogger("fractal_runner")
 
 
@@ -196,7 +197,7 @@ class Manager:
             self._bell.wait(self._sleep_s())
             self._bell.clear()
         for thread in threads:
-            thread.join()
+            thread.join(_LEAVE_S)  # one may ask a scheduler that does not answer, which nobody waits for
 
     def _do_notes(self) -> None:
         while self._notes:

@@ -1,6 +1,6 @@
 """What Slurm's commands say, in our words: tables, and what reads an answer by them.
 
-Apart from `slurm` because nothing here runs anything: text goes in, `JobStatus` comes out, and what does not
+Apart from `slurm_scheduler` because nothing here runs anything: text goes in, `JobStatus` comes out, and what does not
 look like an answer is passed over. Recorded answers of Slurm 22.05 are among the tests.
 """
 

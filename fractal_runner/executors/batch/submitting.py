@@ -153,10 +153,7 @@ class Submitting:
         if self._max_array:
             for group in list(self._waiting):
                 items = deque(item for item in self._waiting.pop(group) if not item.future.done())
-                while items:
-                    if not self._pack(items):
-                        self._waiting[group] = items
-                        break
+                self._pack_all(group, items)
         elif not self._is_asking_for_it:
             self._is_asking_for_it = True
             self._errands.submit(self._ask_max_array, lambda _: self._learn_max_array(_MAX_ARRAY))
@@ -182,6 +179,20 @@ class Submitting:
             return self._first_at + _GATHER_BUSY_S
         return min(self._newest_at + _GATHER_S, self._first_at + _GATHER_LIMIT_S)
 
+    def _pack_all(self, group: str, items: deque[Item]) -> None:
+        """Put calls that need the same into jobs, as far as there is room."""
+        everyone = list(items)
+        try:
+            while items:
+                if not self._pack(items):
+                    self._waiting[group] = items
+                    break
+        except Exception as error:
+            # A defect of ours, or needs that do not fit: nobody else would ever end those that are in no job.
+            for item in everyone:
+                if item.job is None:
+                    item.fail(error)
+
     def _pack(self, items: deque[Item]) -> bool:
         """Put some of these calls, which need the same, into an array; False if there is no room for one."""
         limits, terms = self._limits, items[0].terms
@@ -191,17 +202,11 @@ class Submitting:
             return False
         extra = terms.extra or {}
         needs: dict[str, Any] = {"cpus": terms.cpus, "memory": terms.memory, "gpus": terms.gpus}
-        try:
-            packing = self._packing.replaced(extra.get("tasks_per_job"), extra.get("parallel_tasks_per_job"))
-            packed = packing.pack(len(items), **needs)
-            parallel = min(packed.parallel_calls_per_job, places)
-            if parallel < packed.parallel_calls_per_job:
-                packed = packing.replaced(None, parallel).pack(len(items), **needs)
-        except ValueError as error:
-            for item in items:
-                item.fail(error)
-            items.clear()
-            return True
+        packing = self._packing.replaced(extra.get("tasks_per_job"), extra.get("parallel_tasks_per_job"))
+        packed = packing.pack(len(items), **needs)
+        parallel = min(packed.parallel_calls_per_job, places)
+        if parallel < packed.parallel_calls_per_job:
+            packed = packing.replaced(None, parallel).pack(len(items), **needs)
         # As many jobs as there would be if there were room for all of them: a few do not get everything.
         at_most = max(1, min(limits.max_jobs, limits.max_workers // parallel))
         per_job = max(packed.calls_per_job, math.ceil(len(items) / at_most))

@@ -30,7 +30,7 @@ from fractal_runner.executors.batch.scheduler import (
     SchedulerError,
     SubmissionRefusedError,
 )
-from fractal_runner.executors.batch.slurm import SlurmScheduler
+from fractal_runner.executors.batch.slurm_scheduler import SlurmScheduler
 from fractal_runner.executors.batch.slurm_submission import Element, Submitter
 
 QUEUED, RUNNING, LOST, ENDED = JobState.QUEUED, JobState.RUNNING, JobState.LOST, JobState.ENDED

@@ -16,7 +16,7 @@ from fractal_runner.executors.batch.scheduler import (
     SchedulerError,
     SubmissionRefusedError,
 )
-from fractal_runner.executors.batch.slurm import SlurmScheduler
+from fractal_runner.executors.batch.slurm_scheduler import SlurmScheduler
 from fractal_runner.testing import wait_until
 from tests.clusters.slurm import SlurmCluster
 from tests.clusters.slurm.fixtures import slurm_accounting_cluster, slurm_cluster  # noqa: F401
