@@ -23,10 +23,11 @@ demo: .venv/.package .venv-tasks/.ready
 		--workflow-dir $(OUT)/runs/$$(date +%Y%m%d-%H%M%S-%N) --output $(OUT)/dataset.json
 	.venv-tasks/bin/python $(DEMO)/show_nuclei.py $(OUT)/dataset.json $(OUT)/plate.png
 
+# Four at a time, on two cores, too: half of the tests wait for a cluster.
 test: .venv/.dev .venv-tasks/.ready .venv-cpython/.ready lint
 	.ci/install-postgresql
 	.ci/install-slurm
-	.venv/bin/python -m pytest -n 2 --dist worksteal
+	.venv/bin/python -m pytest -n 4 --dist worksteal
 
 # Some of what the tests do ten times, a hundred times: an hour on two cores.
 chaos: .venv/.dev

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 import zlib
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ LEDGER_SUFFIX = ".log"
 
 _MAGIC = b"FR1 "
 _HEADER = len(_MAGIC) + 8 + 1 + 8 + 1
+_HEADER_FORM = re.compile(rb"FR1 ([0-9a-f]{8}) ([0-9a-f]{8})\n")
 _TAIL = 65_536
 _encode = encoder(separators=(",", ":"))
 _local = threading.local()
@@ -166,15 +168,27 @@ def read_payloads(path: str | os.PathLike[str]) -> Iterator[bytes]:
         raise CorruptEvidenceError(f"{os.fspath(path)}: {error}") from None
 
 
+def header_at(data: bytes, offset: int) -> tuple[int, int] | None:
+    """Length and checksum of the payload of the record at `offset`; None if no record begins there."""
+    match = _HEADER_FORM.match(data, offset)
+    return None if match is None else (int(match[1], 16), int(match[2], 16))
+
+
+def is_unfinished(data: bytes, offset: int) -> bool:
+    """Whether a record begins at `offset` and does not end within `data`."""
+    header = header_at(data, offset)
+    if header is None:
+        rest = data[offset : offset + _HEADER]
+        return len(rest) < _HEADER and rest[: len(_MAGIC)] == _MAGIC[: len(rest)]
+    return offset + _HEADER + header[0] + 1 > len(data)
+
+
 def payload_span(data: bytes, offset: int) -> tuple[int, int] | None:
     """Where the payload of the record at `offset` begins and ends; None if no whole record is there."""
-    header = data[offset : offset + _HEADER]
-    if len(header) < _HEADER or not header.startswith(_MAGIC):
+    header = header_at(data, offset)
+    if header is None:
         return None
-    try:
-        length, checksum = int(header[4:12], 16), int(header[13:21], 16)
-    except ValueError:
-        return None
+    length, checksum = header
     start = offset + _HEADER
     end = start + length
     if data[end : end + 1] != b"\n" or zlib.crc32(memoryview(data)[start:end]) != checksum:

@@ -138,11 +138,11 @@ class Following:
         took = time.monotonic() - began
         self._look_at = self._clock() + max(self._look_s, took * _LOOK_SHARE)
 
-    def _hear(self, job: Job) -> bool:
-        """Take in what a job has written; whether it was anything."""
+    def _hear(self, job: Job, *, final: bool = False) -> bool:
+        """Take in what a job has written; whether it was anything. `final`: it writes nothing more."""
         heard = False
         try:
-            for start, record in job.news():
+            for start, record in job.news(final):
                 heard = True
                 self._take(job, start, record)
             job.unreadable = ""
@@ -309,7 +309,7 @@ class Following:
                 self._settle_at = min(self._settle_at, job.settle_at)
                 continue
             _find_starts(job.array)
-            self._hear(job)
+            self._hear(job, final=True)
             if job in self._roster.jobs:
                 try:
                     self._decide(job)

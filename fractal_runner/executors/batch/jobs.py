@@ -183,11 +183,11 @@ class Job:
         for tail in self.tails:
             tail.rewind()
 
-    def news(self) -> Iterator[tuple[int, Record]]:
+    def news(self, final: bool = False) -> Iterator[tuple[int, Record]]:
         """What it has written since the last time, and in which of its starts (counted from 1)."""
         for start, tail in enumerate(self.tails, 1):
             with suppress(FileNotFoundError):  # somebody has removed it: there is no news
-                for record in tail.read():
+                for record in tail.read(final=final):
                     yield start, record
 
     def log_tail(self) -> str:

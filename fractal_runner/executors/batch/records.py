@@ -130,8 +130,12 @@ class Tail:
         """Begin anew."""
         self._offset = 0
 
-    def read(self) -> Iterator[Record]:
+    def read(self, *, final: bool = False) -> Iterator[Record]:
         """What has been written since.
+
+        Args:
+            final: nothing more is going to be written: an unfinished record that whole ones follow is none,
+                but one with a damaged length.
 
         Opened anew each time: over the network, only that makes sure that it is the newest.
 
@@ -149,11 +153,11 @@ class Tail:
                     return
                 data = _read_some(fd, self._offset, size)
             before = self._offset
-            yield from self._parse(data)
+            yield from self._parse(data, final)
             if self._offset == before or self._offset >= size:
                 return
 
-    def _parse(self, data: bytes) -> Iterator[Record]:
+    def _parse(self, data: bytes, final: bool) -> Iterator[Record]:
         # Only what is whole is counted as read.
         view = memoryview(data)
         offset = 0
@@ -161,6 +165,8 @@ class Tail:
         while offset < len(data):
             found = evidence.payload_span(data, offset)
             if found is None:
+                if not final and evidence.is_unfinished(data, offset):
+                    break  # what is in it may look like records, being anybody's data
                 good = evidence.next_whole(data, offset)
                 if good is None:
                     break

@@ -1,7 +1,7 @@
 """What Slurm's commands say, in our words: tables, and what reads an answer by them.
 
-Apart from `slurm_scheduler` because nothing here runs anything: text goes in, `JobStatus` comes out, and what does not
-look like an answer is passed over. Recorded answers of Slurm 22.05 are among the tests.
+Apart from `slurm_scheduler` because nothing here runs anything: text goes in, `JobStatus` comes out, and
+what does not look like an answer is passed over. Recorded answers of Slurm 22.05 are among the tests.
 """
 
 from __future__ import annotations
