@@ -246,8 +246,8 @@ def _not_submitted(request: ArrayRequest, stderr: str, returncode: int | None) -
     """The error of a failed sbatch."""
     if returncode in TIMED_OUT:
         return SchedulerError(f"sbatch did not answer in time for array {request.name}. {stderr}".rstrip())
-    if returncode == NOT_FOUND:
-        return SchedulerError(f"{missing('sbatch')} {stderr}".rstrip())
+    if returncode == NOT_FOUND:  # nothing was asked, and waiting does not bring it
+        return SubmissionRefusedError(f"{missing('sbatch')} {stderr}".rstrip())
     if words.is_refusal(stderr):
         return SubmissionRefusedError(f"SLURM has refused array {request.name}: {stderr}")
     said = stderr or "it says nothing"

@@ -754,7 +754,6 @@ def test_a_submission_of_which_nobody_knows_is_no_refusal(
     ("answer", "words_of_it"),
     [
         ("sleep 60", "did not answer in time"),
-        ("exit 127", "sbatch was not found: is this a SLURM login node"),
         ("exit 0", "It is not known whether SLURM has array fr-1"),
         ("kill -9 $$", "sbatch failed|did not answer"),
     ],
@@ -766,6 +765,14 @@ def test_other_ends_of_sbatch(
     with pytest.raises(SchedulerError, match=words_of_it) as caught:
         SlurmScheduler(command_timeout=1).submit(request_for())
     assert not isinstance(caught.value, SubmissionRefusedError)
+
+
+def test_without_sbatch_nothing_is_submitted_however_long_one_waits(
+    sbatch: Path, request_for: Callable[..., ArrayRequest]
+) -> None:
+    (sbatch / "answer").write_text("exit 127")
+    with pytest.raises(SubmissionRefusedError, match="sbatch was not found: is this a SLURM login node"):
+        SlurmScheduler().submit(request_for())
 
 
 def test_a_warning_does_not_stand_in_the_way_of_the_id(
