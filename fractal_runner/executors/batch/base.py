@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import sys
 import threading
 import weakref
@@ -152,6 +151,7 @@ class BatchExecutor(Executor):
         )
         terms = self._terms_of(self._options)
         self._last_terms = self._options, terms, terms.group  # replaced as a whole, by any thread
+        self._functions, self._contexts = _Repeated(), _Repeated()
         self._attaching = threading.Lock()  # guards the next two
         self._adoption: Adoption | None = None
         self._attached: weakref.WeakValueDictionary[str, Future[Any]] = weakref.WeakValueDictionary()
@@ -246,7 +246,8 @@ class BatchExecutor(Executor):
         )
 
     def _packing_of(self, options: CallOptions) -> Packing:
-        return self._packing.replaced(*(options.extra.get(name) for name in sorted(PACKING_OPTIONS)[::-1]))
+        extra = options.extra
+        return self._packing.replaced(extra.get("tasks_per_job"), extra.get("parallel_tasks_per_job"))
 
     def fitting(self, **options: Any) -> tuple[Executor, list[str]]:
         """As `options`: jobs are made as large as their calls need."""
@@ -267,7 +268,7 @@ class BatchExecutor(Executor):
 
     def _packed(self, call: Call) -> PackedCall:
         try:
-            function = bytes(dump(b"", call.fn))
+            function = self._functions.shared(bytes(dump(b"", call.fn)))
             arguments = bytes(dump(b"", (call.args, call.kwargs)))
         except Exception as error:  # pickling runs anybody's code
             dump_call(call)  # which says what of it cannot
@@ -282,7 +283,23 @@ class BatchExecutor(Executor):
     def _packed_context(self, call: Call) -> bytes:
         if not call.context:
             return _NO_CONTEXT
-        return dump_context(call)
+        return self._contexts.shared(dump_context(call))
+
+
+class _Repeated:
+    """Of equal values in succession the first one, for all of them: thousands of calls have one function."""
+
+    __slots__ = ("_last",)
+
+    def __init__(self) -> None:
+        self._last = b""
+
+    def shared(self, value: bytes) -> bytes:
+        last = self._last  # which another thread may replace meanwhile
+        if value == last:
+            return last
+        self._last = value
+        return value
 
 
 def _seen_as(path_map: Mapping[str, str], path: str) -> str:
@@ -291,11 +308,6 @@ def _seen_as(path_map: Mapping[str, str], path: str) -> str:
         if path == here or path.startswith(f"{here}/"):
             return there + path[len(here) :]
     return path
-
-
-def words(given: str | Sequence[str]) -> list[str]:
-    """A command as a list of words, from text as one would type it, or from such a list."""
-    return shlex.split(given) if isinstance(given, str) else list(given)
 
 
 def _optional(name: str, value: int | float | str | None) -> float | None:
