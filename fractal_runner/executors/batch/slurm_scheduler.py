@@ -10,7 +10,8 @@ import shlex
 import subprocess
 import sys
 import threading
-from collections.abc import Collection, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from submitit.core.utils import FailedJobError, FailedSubmissionError
@@ -35,6 +36,7 @@ from fractal_runner.executors.batch.slurm_commands import (
 from fractal_runner.executors.batch.slurm_options import merge_options, parse_options
 from fractal_runner.executors.batch.slurm_submission import Element, prepare
 
+_ACCOUNT_S = 5.0  # how far sacct may be behind squeue
 _MAX_ARRAY = 1000  # where Slurm does not say: below its own default, 1001
 _IDS_PER_COMMAND = 500
 _ARRAYS_PER_COMMAND = 100
@@ -66,6 +68,7 @@ class SlurmScheduler(Scheduler):
         command_timeout: seconds after which a command is ended.
         max_array: how many jobs an array may have; by default what `scontrol show config` says.
         run: what runs commands, as `subprocess.run` does; submitit runs sbatch by itself.
+        clock: seconds, which never go back.
 
     Memory is rounded up to whole MiB, Slurm's "M"; time to whole minutes. Both are thus never less than asked
     for. Of a job that ended more than `MinJobAge` ago, 300 s, only accounting knows. One that is cancelled
@@ -96,6 +99,7 @@ class SlurmScheduler(Scheduler):
         command_timeout: float = 60,
         max_array: int | None = None,
         run: Run = subprocess.run,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._defaults = self.check(
             {
@@ -123,6 +127,8 @@ class SlurmScheduler(Scheduler):
         # How many jobs an array of ours has, by its id: all of them can be cancelled by one word. Set and
         # read in single steps.
         self._counts: dict[str, int] = {}
+        self._unexplained: dict[str, float] = {}  # jobs that have ended, and since when sacct is waited for
+        self._clock = clock
         self._has_accounting = True  # until sacct has said that there is none
 
     @property
@@ -189,7 +195,22 @@ class SlurmScheduler(Scheduler):
                 if any(found[job] is None for job in unclear):
                     answer.expect_success()
                 account = words.read_sacct(answer.stdout)
-        return {job: _told_by_both(status, account.of(job)) for job, status in found.items()}
+        return {
+            job: self._in_its_time(job, status, account.of(job))
+            if status is None or _may_be_explained(status)
+            else status
+            for job, status in found.items()
+        }
+
+    def _in_its_time(self, job: str, queue: JobStatus | None, account: JobStatus | None) -> JobStatus:
+        """What both say; where sacct may be about to say more, it is waited for, for a moment."""
+        is_behind = self._has_accounting and (account is None or account.state is not JobState.ENDED)
+        if queue is not None and is_behind:
+            since = self._unexplained.setdefault(job, self._clock())
+            if self._clock() - since < _ACCOUNT_S:
+                return JobStatus(JobState.RUNNING, node=queue.node, detail=queue.detail)
+        self._unexplained.pop(job, None)
+        return _told_by_both(queue, account)
 
     def cancel(self, jobs: Collection[str]) -> None:
         wanted = [

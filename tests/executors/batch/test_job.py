@@ -7,6 +7,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -321,6 +322,7 @@ def test_a_job_whose_time_is_nearly_over_from_the_beginning_does_one_call(
     process = jobs.start()
     gate.await_arrivals(1)
     os.kill(process.pid, signal.SIGUSR2)
+    time.sleep(0.5)  # nobody tells when the job has noticed
     gate.open()
     process.wait(PATIENCE_S)
     assert jobs.story() == [("start", 0), ("end", 0), ("close", DRAINED)]

@@ -342,7 +342,7 @@ def test_a_call_that_takes_more_memory_than_there_is_says_so(
     assert results(first, third) == ["first", "third"]
     if clusters["accounting"].limits_memory_with == "cgroup":
         assert error_of(second).reason == "OUT_OF_MEMORY"
-        assert "ask for more memory" in str(error_of(second))
+        assert "ask for more memory" in str(error_of(second)).lower()
     assert story.runs("call out of memory") == list(NAMES)
 
 
@@ -354,7 +354,7 @@ def test_a_job_that_dies_for_want_of_memory_says_so(
     assert results(first, third) == ["first", "third"]
     if clusters["accounting"].limits_memory_with == "cgroup":
         assert error_of(second).reason == "OUT_OF_MEMORY"
-        assert "ask for more memory" in str(error_of(second))
+        assert "ask for more memory" in str(error_of(second)).lower()
     assert story.runs("job out of memory") == list(NAMES)
 
 
