@@ -174,7 +174,7 @@ def _write(ended: str, seconds: float, values: Callable[[int], Any]) -> None:
                 job = _Job(payload, directory, number, id, seconds)
                 heapq.heappush(due, (now, next(numbers), id, job.run(values)))
         at, _, id, running = heapq.heappop(due)
-        time.sleep(max(0.0, at - time.monotonic()))
+        time.sleep(max(0.0, at - time.monotonic()))  # the job's own pace
         if (pause := next(running, None)) is None:
             os.write(ended_fd, f"{id}\n".encode())
         else:

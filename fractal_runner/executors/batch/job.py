@@ -300,12 +300,12 @@ class _JobWorker(KeptForkWorker):
         self._kills: int | None = None
 
     def run(self, call: Call) -> None:
-        stored: StoredCall = getattr(call, "stored")  # noqa: B009  it is a _JobCall
+        assert isinstance(call, _JobCall)
         if self._job.takes_no_more:
             self._job.has_left_some = True
             call.succeed(None)  # not a word of it: it has not started
             return
-        if self._job.is_told_to_stop(stored.place):
+        if self._job.is_told_to_stop(call.stored.place):
             call.succeed(None)
             return
         self._call = call

@@ -66,7 +66,9 @@ class Item:
         """
         try:
             yield
-        except BaseException:
+        except (
+            BaseException
+        ):  # a SystemExit of somebody's callback, too: it is the manager's thread that runs it
             _logger.exception("at the end of the call %r", self.call.name)
 
     def travelling(self) -> PackedCall:

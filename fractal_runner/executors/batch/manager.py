@@ -206,7 +206,7 @@ class Manager:
     def _safely(self, step: Note) -> None:
         try:
             step()
-        except BaseException:
+        except BaseException:  # whatever it is
             # A defect of ours, or a SystemExit that somebody's code raises while it is unpickled, must not
             # keep all the other calls from ending.
             _logger.exception("%s: %s failed", self._name, getattr(step, "__qualname__", step))

@@ -42,10 +42,6 @@ class Packed:
     memory: int | None = None
     gpus: int = 0
 
-    def job_time(self, call_time_s: float | None, max_time_s: float | None = None) -> float | None:
-        """As the function of this name, for one of these jobs."""
-        return job_time(call_time_s, self.calls_per_job, self.parallel_calls_per_job, max_time_s)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packing:

@@ -21,7 +21,7 @@ from fractal_runner.executors.batch.adoption import PREFIX, one_of_each
 from fractal_runner.executors.batch.errands import Errands, Note
 from fractal_runner.executors.batch.files import ArrayFiles, make_folder, put
 from fractal_runner.executors.batch.jobs import Array, Item, Job, Roster
-from fractal_runner.executors.batch.packing import Packing
+from fractal_runner.executors.batch.packing import Packing, job_time
 from fractal_runner.executors.batch.payload import PackedCall, Terms, write_payload
 from fractal_runner.executors.batch.scheduler import (
     ArrayRequest,
@@ -219,15 +219,11 @@ class Submitting:
         return True
 
     def _submit(self, slices: list[list[Item]], terms: Terms, parallel: int) -> Array:
-        rounds = math.ceil(len(slices[0]) / parallel)
-        time_s = None if terms.time is None else terms.time * rounds
-        if time_s is not None and self._limits.max_time is not None:
-            time_s = min(time_s, self._limits.max_time)
         needs: dict[str, Any] = {
             "cpus": terms.cpus * parallel,
             "memory": None if terms.memory is None else terms.memory * parallel,
             "gpus": terms.gpus * parallel,
-            "time": time_s,
+            "time": job_time(terms.time, len(slices[0]), parallel, self._limits.max_time),
         }
         name = f"{PREFIX}{time.strftime('%m%d-%H%M%S')}-{uuid.uuid4().hex[:12]}"
         files = ArrayFiles(self._folder / name)

@@ -237,7 +237,6 @@ def test_a_jobs_time_is_that_of_a_call_times_the_rounds(
     call: Any, calls: int, parallel: int, most: Any, expected: Any
 ) -> None:
     assert job_time(call, calls, parallel, most) == expected
-    assert Packed(calls, parallel, 1).job_time(call, most) == expected
 
 
 # What holds for all of them
