@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ class SimulatedScheduler(Scheduler):
     def find(self, request: ArrayRequest) -> Sequence[Sequence[str]]:
         return []
 
-    def states(self, jobs: Collection[str]) -> Mapping[str, JobStatus]:
+    def states(self, jobs: Mapping[str, str]) -> Mapping[str, JobStatus]:
         self.questions += 1
         with self._ended_file.open() as file:
             file.seek(self._read)
@@ -97,7 +97,7 @@ class SimulatedScheduler(Scheduler):
                 self._ended.add(line.strip())
         return {job: _ENDED if job in self._ended else _RUNNING for job in jobs}
 
-    def cancel(self, jobs: Collection[str]) -> None:
+    def cancel(self, jobs: Mapping[str, str]) -> None:
         """What is to be cancelled has ended, or soon will have."""
 
 

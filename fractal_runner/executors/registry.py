@@ -12,9 +12,10 @@ import os
 import threading
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack, get_args, get_origin, get_type_hints
 
 from fractal_runner.errors import did_you_mean
 from fractal_runner.executors import base
@@ -40,6 +41,7 @@ _PLACES = {
     "spawn": f"{_LOCAL}:SpawnExecutor",
     "thread": f"{_LOCAL}:ThreadExecutor",
 }
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 # What a configuration or a command line cannot give.
 _NOT_BY_NAME = frozenset({"context", "slots"})
 
@@ -292,11 +294,18 @@ class Executors:
 
 
 def _parameters(chosen: type[Executor]) -> Collection[str]:
-    """What the constructor takes."""
+    """What the constructor takes, by name; also of `**options: Unpack[…]`, what stands there."""
     try:
-        return inspect.signature(chosen).parameters
+        parameters = inspect.signature(chosen).parameters
     except ValueError:  # of a class that is not written in Python
         return ()
+    taken = [name for name, parameter in parameters.items() if parameter.kind in _NAMED]
+    if len(taken) < len(parameters):
+        with suppress(NameError):  # of types that are only there for those who check them
+            for parameter in inspect.signature(chosen, eval_str=True).parameters.values():
+                if get_origin(parameter.annotation) is Unpack:
+                    taken += get_type_hints(get_args(parameter.annotation)[0])
+    return taken
 
 
 def _name_of(chosen: type) -> str:

@@ -154,7 +154,7 @@ class Adoption:
         if found:
             ids, spare = one_of_each(files, found)
             if spare:
-                self._scheduler.cancel(spare)
+                self._scheduler.cancel(dict.fromkeys(spare, request.name))
             put(files.jobs, json.dumps(ids).encode())
             return ids
         numbers = range(request.count)

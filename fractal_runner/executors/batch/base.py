@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypedDict
 
 from fractal_runner.errors import ExecutorError
 from fractal_runner.executors.base import Executor, View, info_of
@@ -37,6 +37,28 @@ from fractal_runner.quantities import parse_count, parse_size, parse_time
 
 MAX_JOBS = 1000
 PACKING_OPTIONS = frozenset({"tasks_per_job", "parallel_tasks_per_job"})
+
+
+class BatchOptions(TypedDict, total=False):
+    """What all batch executors take, whatever their schedulers' words are; see `BatchExecutor`."""
+
+    max_workers: int | None
+    calls_per_job: int | None
+    parallel_calls_per_job: int | None
+    target_jobs: int | None
+    target_cpus_per_job: int | None
+    max_cpus_per_job: int | None
+    target_memory_per_job: int | float | str | None
+    max_memory_per_job: int | float | str | None
+    max_jobs: int | None
+    max_time: int | float | str | None
+    poll_interval: int | float | str
+    pending_timeout: int | float | str | None
+    grace: int | float | str | None
+    submission_timeout: int | float | str
+    path_map: Mapping[str, str] | None
+    name: str | None
+    context: Mapping[str, Any] | None
 
 
 class BatchExecutor(Executor):

@@ -16,7 +16,7 @@ from fractal_runner.executors.batch import verdicts
 from fractal_runner.executors.batch.errands import Errands, Note
 from fractal_runner.executors.batch.jobs import Array, Item, Job, Roster
 from fractal_runner.executors.batch.records import Kind, Record
-from fractal_runner.executors.batch.scheduler import JobState, JobStatus, Scheduler
+from fractal_runner.executors.batch.scheduler import Cause, JobState, JobStatus, Scheduler
 from fractal_runner.executors.local.reports import handle_record
 
 _LOOK_S, _LOOK_LIMIT_S, _LOOK_GROWTH = 0.02, 0.5, 1.1
@@ -26,11 +26,11 @@ _POLL_S, _POLL_GROWTH = 1.0, 1.5
 _LOST_S = 15.0  # for which a scheduler must not know a job, before it is given up
 _UNDECIDED_S = 60.0  # for which files that cannot be written are tried again
 _TRIES = 3
-# Of an array, a scheduler forgets no job that waits, unless it was told to.
 _TAKEN_OUT = JobStatus(
     JobState.ENDED,
     "CANCELLED",
     detail="it waited, and is not there any more, while others of its array are: somebody has cancelled it",
+    cause=Cause.CANCELLED,
 )
 _logger = logging.getLogger("fractal_runner")
 
@@ -111,9 +111,7 @@ class Following:
             job.unwatched -= 1
         job.items[item.place] = item
         item.job = job
-        job.settle_at = job.lost_since = job.undecided_since = (
-            None  # what was decided was decided about others
-        )
+        job.follow_on()  # what was decided was decided about others
         job.rewind()
         self.hasten()
 
@@ -239,7 +237,7 @@ class Following:
 
     def _states(self, jobs: Sequence[Job]) -> Note:
         """In the thread that asks."""
-        answers = self._scheduler.states([str(job.id) for job in jobs])
+        answers = self._scheduler.states(_named(jobs))
         return lambda: self._learn(jobs, answers)
 
     def _no_answer(self, error: Exception) -> None:
@@ -254,14 +252,13 @@ class Following:
             _logger.warning("%s: the scheduler answers again", self._name)
         for array in {id(job.array): job.array for job in jobs if job in self._roster.jobs}.values():
             _find_starts(array)
-        lost = JobStatus(JobState.LOST)
-        known = {job.array for job in jobs if answers.get(str(job.id), lost).state is not JobState.LOST}
+        told = [(job, answers[str(job.id)]) for job in jobs if str(job.id) in answers]
+        known = {job.array for job, status in told if status.state is not JobState.LOST}
         changed = False
-        for job in jobs:
+        for job, said in told:
             if job in self._roster.jobs and not job.is_over:
-                status = answers.get(str(job.id), lost)
-                if status.state is JobState.LOST and job.array in known and job.was_waiting:
-                    status = _TAKEN_OUT
+                is_taken_out = said.state is JobState.LOST and job.array in known and job.was_waiting
+                status = _TAKEN_OUT if is_taken_out and self._scheduler.keeps_waiting else said
                 changed |= job.status is None or job.status.state != status.state
                 if status.state is not JobState.LOST or job.status is None:
                     job.status = status
@@ -303,6 +300,7 @@ class Following:
         if now < self._settle_at:
             return
         self._settle_at = math.inf
+        unexplained = []
         for job in [job for job in self._roster.jobs if job.settle_at is not None]:
             assert job.settle_at is not None
             if job.settle_at > now:
@@ -310,11 +308,47 @@ class Following:
                 continue
             _find_starts(job.array)
             self._hear(job, final=True)
-            if job in self._roster.jobs:
-                try:
-                    self._decide(job)
-                except (OSError, RuntimeError, ValueError) as error:  # a full disk; it is tried again
-                    self._decide_later(job, error)
+            if job not in self._roster.jobs:
+                continue
+            if job.items and job.id is not None and not job.is_explained:
+                unexplained.append(job)
+                continue
+            try:
+                self._decide(job)
+            except (OSError, RuntimeError, ValueError) as error:  # a full disk; it is tried again
+                self._decide_later(job, error)
+        if unexplained:
+            self._ask_why(unexplained)
+
+    def _ask_why(self, jobs: Sequence[Job]) -> None:
+        """Have the scheduler say what it knows of jobs that have left calls without an end."""
+        if self._errands.asking:
+            self._settle_at = min(self._settle_at, self._clock() + _LOOK_LIMIT_S)
+            return
+        for job in jobs:
+            job.unexplained_since = job.unexplained_since or self._clock()
+        self._errands.ask(lambda: self._reasons(jobs), lambda error: self._no_reasons(jobs, error))
+
+    def _reasons(self, jobs: Sequence[Job]) -> Note:
+        """In the thread that asks."""
+        answers = self._scheduler.explain(_named(jobs))
+        return lambda: self._learn_why(jobs, answers)
+
+    def _learn_why(self, jobs: Sequence[Job], answers: Mapping[str, JobStatus]) -> None:
+        for job in jobs:
+            job.status = answers.get(str(job.id), job.status)
+            job.is_explained = True
+        self._settle_at = self._clock()
+
+    def _no_reasons(self, jobs: Sequence[Job], error: Exception) -> None:
+        """It is asked for a while, as the answer may change what becomes of the calls."""
+        now = self._clock()
+        for job in jobs:
+            assert job.unexplained_since is not None
+            if now - job.unexplained_since > _UNDECIDED_S:
+                _logger.warning("%s: how %s has ended is not known: %s", self._name, job.says, error)
+                job.is_explained = True
+        self._settle_at = min(self._settle_at, now + _POLL_S)
 
     def _decide_later(self, job: Job, error: Exception) -> None:
         """Its files cannot be written or read: a full disk, or one that is away."""
@@ -332,6 +366,7 @@ class Following:
 
     def _decide(self, job: Job) -> None:
         reason = verdicts.reason_of(job)
+        is_cancelled = job.status is not None and job.status.cause is Cause.CANCELLED
         last = len(job.tails)
         for item in list(job.items.values()):
             if item.stopping or job.cancelled:
@@ -341,7 +376,7 @@ class Following:
             elif item.starts == last:
                 what = "had started and not ended"
                 error = verdicts.of_job(job, item, what, reason=reason, status=job.status)
-            elif reason == "CANCELLED" or (reason == verdicts.NO_EVIDENCE and job.has_started):
+            elif is_cancelled or (reason == verdicts.NO_EVIDENCE and job.has_started):
                 what = "had not started"
                 error = verdicts.of_job(job, item, what, reason=reason, status=job.status)
             else:
@@ -355,7 +390,7 @@ class Following:
             # It has begun in this very moment, whatever is said; or it has died there and then: in that case
             # it is as silent the next time.
             job.is_claimed = True
-            job.settle_at = job.lost_since = None
+            job.follow_on()
             return
         self.give_back(job)
 
@@ -368,6 +403,10 @@ def _find_starts(array: Array) -> None:
         return
     for job in array.jobs:
         job.add_starts(starts.get(job.number, 1))
+
+
+def _named(jobs: Sequence[Job]) -> dict[str, str]:
+    return {str(job.id): job.array.request.name for job in jobs}
 
 
 def _is_void(job: Job) -> bool:

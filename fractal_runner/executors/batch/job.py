@@ -8,7 +8,9 @@ executor's kind; its start is on record before it runs, its end before the next 
 from __future__ import annotations
 
 import logging
+import math
 import os
+import pickle
 import platform
 import signal
 import sys
@@ -38,6 +40,7 @@ from fractal_runner.executors.local.workers import KeptForkWorker, Surroundings
 from fractal_runner.filesystems import is_shared
 from fractal_runner.worker.memory import oom_kills
 from fractal_runner.worker.processes import NODE_VARIABLE, host_name
+from fractal_runner.worker.spec import UnitResult
 
 OUT_OF_MEMORY = "OUT_OF_MEMORY"
 DONE, DRAINED, STOPPED = "done", "time is nearly over", "stopped"
@@ -71,7 +74,7 @@ def run_job(directory: str, number: int, place: JobPlace) -> None:
     log = _open_log(files, number, 1 if is_restart else 0)
     try:
         log.write(Kind.JOB, id=place.id, node=place.node, host=host_name(), pid=os.getpid(), t=time.time())
-        _Job(files, number, place.node, log, earlier).run()
+        _Job(files, number, place, log, earlier).run()
     finally:
         log.close()
 
@@ -103,10 +106,10 @@ class _JobCall(Call):
 class _Job:
     """One job, from its claim to its end. The main thread owns all of it but the worker processes' slots."""
 
-    def __init__(self, files: ArrayFiles, number: int, node: str, log: RecordLog, earlier: int) -> None:
+    def __init__(self, files: ArrayFiles, number: int, place: JobPlace, log: RecordLog, earlier: int) -> None:
         self._files = files
         self._number = number
-        self._node = node
+        self._place = place
         self._log = log
         self._earlier = earlier
         self._control = Tail(files.control)
@@ -118,7 +121,8 @@ class _Job:
         self._futures: dict[int, Future[Any]] = {}
         self.has_ended_some = self.has_left_some = False  # the workers set these two
         self._near_end = False  # of the job's time; the signal handlers set these two
-        self.terminating = False
+        self._ended_by: int | None = None
+        self._near_end_at = math.inf if place.warned_after is None else time.monotonic() + place.warned_after
         self.broken: BaseException | None = None  # why nothing can be written down any more
         self.payload: Payload
 
@@ -135,7 +139,7 @@ class _Job:
         if why := _differences(self.payload.header):
             self._log.write(Kind.REFUSE, why=why)
             return
-        os.environ[NODE_VARIABLE] = self._node
+        os.environ[NODE_VARIABLE] = self._place.node
         sys.path.extend(place for place in self.payload.header["search"] if place not in sys.path)
         for name, level in self.payload.header["levels"].items():
             logging.getLogger(name or None).setLevel(level)
@@ -164,8 +168,8 @@ class _Job:
             dispatcher.close(wait=self.broken is None)
         if self.broken is not None:
             raise self.broken
-        if self.terminating:
-            sys.exit(128 + signal.SIGTERM)  # without a last word: why, the scheduler knows
+        if self._ended_by is not None:
+            sys.exit(128 + self._ended_by)  # without a last word: why, the scheduler knows
         self._log.write(Kind.CLOSE, why=why)
 
     def _see_through(self, dispatcher: Dispatcher) -> str:
@@ -199,12 +203,22 @@ class _Job:
         return DRAINED if why == DONE and self.has_left_some else why
 
     @property
+    def terminating(self) -> bool:
+        """Whether the scheduler ends this job."""
+        return self._ended_by is not None
+
+    def may_have_been(self, number: int) -> bool:
+        """Whether this signal is one by which the scheduler ends jobs."""
+        return number in self._place.ended_by
+
+    @property
     def takes_no_more(self) -> bool:
         """Whether calls that have not started are left to other jobs.
 
         One call is done even if time is nearly over from the beginning: or it would never be.
         """
-        return self.broken is not None or self.terminating or (self._near_end and self.has_ended_some)
+        near_end = self._near_end or time.monotonic() >= self._near_end_at
+        return self.broken is not None or self.terminating or (near_end and self.has_ended_some)
 
     def _settle(self) -> None:
         """Forget the calls that have ended."""
@@ -262,12 +276,18 @@ class _Job:
                     raise
             time.sleep(1)  # it was there before the job was submitted: this node does not see it yet
 
-    def _signals(self) -> Any:
-        return _Signals({signal.SIGTERM: self._on_term, signal.SIGUSR2: self._on_near_end})
+    def _signals(self) -> _Signals:
+        place = self._place
+        return _Signals(
+            {
+                **dict.fromkeys(place.warned_by, self._on_near_end),
+                **dict.fromkeys(place.ended_by, self._on_end),
+            }
+        )
 
-    def _on_term(self, number: int, frame: FrameType | None) -> None:
+    def _on_end(self, number: int, frame: FrameType | None) -> None:
         """The scheduler ends this job; it knows why, and will tell."""
-        self.terminating = True
+        self._ended_by = self._ended_by or number
 
     def _on_near_end(self, number: int, frame: FrameType | None) -> None:
         self._near_end = True
@@ -335,7 +355,7 @@ class _JobWorker(KeptForkWorker):
         self._write(Kind.LOG, pickled)
 
     def _report(self, call: Call, message: memoryview) -> None:
-        if self._job.terminating and message[:1] == child.RAISED:
+        if self._job.terminating and not _is_good(message):
             call.succeed(None)  # what it had started may have been ended as well: the scheduler knows why
             return
         printed = call.future.output.encode()
@@ -350,7 +370,7 @@ class _JobWorker(KeptForkWorker):
 
     def _fail(self, call: Call, error: BaseException) -> None:
         code = getattr(error, "returncode", None)
-        if code == -signal.SIGTERM and not self._job.terminating:
+        if code is not None and self._job.may_have_been(-code) and not self._job.terminating:
             time.sleep(_TERM_GRACE_S)  # whoever ends the job ends all of its processes, in any order
         if self._job.terminating or self._job.broken is not None:
             call.fail(error)
@@ -368,6 +388,17 @@ class _JobWorker(KeptForkWorker):
         except OSError as error:
             self._job.broken = error
             raise
+
+
+def _is_good(message: memoryview) -> bool:
+    """Whether it is the result of a call that nothing has come between, of a unit's as well."""
+    if message[:1] != child.RESULT:
+        return False
+    try:
+        result = pickle.loads(message[2:])
+    except BaseException:  # unpickling runs the result's own code; whoever waits for it will see
+        return True
+    return result.succeeded if isinstance(result, UnitResult) else True
 
 
 def _told_who_killed(error: JobExecutionError, *, oom: bool) -> JobExecutionError:

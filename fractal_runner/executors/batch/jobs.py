@@ -121,6 +121,8 @@ class Job:
         cancelled: whether it was cancelled by us.
         is_claimed: whether it is known to have begun, though it has not said anything.
         undecided_since: since when it is over and nobody can find out what it has done.
+        unexplained_since: since when the scheduler is asked why it has ended.
+        is_explained: whether that is known, or nobody can tell.
         progressed: whether calls have ended in it.
         unwatched: how many of its calls nobody here waits for; somebody else may.
         places: how many calls it runs at a time.
@@ -145,6 +147,8 @@ class Job:
     cancelled: bool = False
     is_claimed: bool = False
     undecided_since: float | None = None
+    unexplained_since: float | None = None
+    is_explained: bool = False
     progressed: bool = False
     unwatched: int = 0
 
@@ -174,6 +178,11 @@ class Job:
     @property
     def log(self) -> str:
         return self.array.files.log(self.number)
+
+    def follow_on(self) -> None:
+        """Take it for one that is under way, whatever was thought of it."""
+        self.settle_at = self.lost_since = self.undecided_since = self.unexplained_since = None
+        self.is_explained = False
 
     def add_starts(self, count: int) -> None:
         """There are files of so many starts."""

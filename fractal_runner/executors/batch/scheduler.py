@@ -7,8 +7,9 @@ knows only what stands here; a scheduler's file holds the table from its words t
 from __future__ import annotations
 
 import enum
+import signal
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -27,6 +28,17 @@ class JobState(enum.IntEnum):
     ENDED = 3
 
 
+class Cause(enum.Enum):
+    """What ended a job that did not end well by itself, where its scheduler's word for it says that much."""
+
+    CANCELLED = enum.auto()  # by people, whose word counts: another job would be against it
+    DEADLINE = enum.auto()
+    MEMORY = enum.auto()
+    NODE = enum.auto()  # it failed, or was lost
+    PREEMPTED = enum.auto()
+    TIME = enum.auto()
+
+
 @dataclass(frozen=True, slots=True)
 class JobStatus:
     """One answer of a scheduler about one job.
@@ -39,6 +51,7 @@ class JobStatus:
         node: where it runs or ran last; None if unknown.
         detail: the scheduler's answer in its own words, for people.
         can_start: False for a job that waits for something that will not come of itself.
+        cause: what `reason` means, of a job that has ended; None if it means nothing in particular.
     """
 
     state: JobState
@@ -47,6 +60,7 @@ class JobStatus:
     node: str | None = None
     detail: str = ""
     can_start: bool = True
+    cause: Cause | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +109,17 @@ class Scheduler(ABC):
 
     Each method ends: every command that it runs has a timeout.
 
+    Jobs are asked about by their ids together with the names of their arrays: ids come again, in a cluster
+    that was set up anew or has counted to its largest number, and names do not.
+
     Attributes:
         name: what it is called ("SLURM").
+        keeps_waiting: whether a job that has waited, and is not known any more though others of its array
+            are, was surely taken out by somebody.
     """
 
     name: str
+    keeps_waiting: bool = False
 
     @property
     @abstractmethod
@@ -139,19 +159,40 @@ class Scheduler(ABC):
         """
 
     @abstractmethod
-    def states(self, jobs: Collection[str]) -> Mapping[str, JobStatus]:
+    def states(self, jobs: Mapping[str, str]) -> Mapping[str, JobStatus]:
         """Ask about all these jobs at once, by one command as long as none of them has ended.
 
+        Args:
+            jobs: the ids, each with the name of its array.
+
         Returns:
-            A status per job; `LOST` for one that the scheduler does not know.
+            A status per job; `LOST` for one that the scheduler does not know. Of one that is not among them
+            nothing was said, this time.
 
         Raises:
             SchedulerError: if there was no answer. It says nothing about the jobs.
         """
 
+    def explain(self, jobs: Mapping[str, str]) -> Mapping[str, JobStatus]:
+        """Ask at length about jobs that have ended, or are lost, and have not said themselves how.
+
+        Args:
+            jobs: the ids, each with the name of its array.
+
+        Returns:
+            Those of which more can be said than `states` has; all of them `ENDED`.
+
+        Raises:
+            SchedulerError: if there was no answer.
+        """
+        return {}
+
     @abstractmethod
-    def cancel(self, jobs: Collection[str]) -> None:
+    def cancel(self, jobs: Mapping[str, str]) -> None:
         """End these jobs, whether they wait or run. Jobs that have ended are no mistake, nor is none.
+
+        Args:
+            jobs: the ids, each with the name of its array.
 
         Raises:
             SchedulerError: if it could not be said.
@@ -160,14 +201,20 @@ class Scheduler(ABC):
 
 @dataclass(frozen=True, slots=True)
 class JobPlace:
-    """Which job it is that runs here, as the scheduler has told it.
+    """Which job it is that runs here, as the scheduler has told it, and how it would tell that it is over.
 
     Attributes:
         id: the job's id, as `Scheduler.submit` returned it.
-        restart: how many times it was started before.
+        restart: how many times it was started before; None where the scheduler does not tell.
         node: the node's name, as the scheduler has it.
+        ended_by: signals that the scheduler ends a job with.
+        warned_by: signals that tell it that its time is nearly over.
+        warned_after: seconds after which that is so, where the scheduler does not tell; None for never.
     """
 
     id: str
-    restart: int
+    restart: int | None
     node: str
+    ended_by: frozenset[int] = frozenset({signal.SIGTERM})
+    warned_by: frozenset[int] = frozenset({signal.SIGUSR2})
+    warned_after: float | None = None

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Unpack
 
-from fractal_runner.executors.batch.base import BatchExecutor
+from fractal_runner.executors.batch.base import BatchExecutor, BatchOptions
 from fractal_runner.executors.batch.slurm_scheduler import SlurmScheduler
 
 
@@ -15,7 +15,6 @@ class SlurmExecutor(BatchExecutor):
 
     Args:
         folder: where calls, results and logs are written: on a file system that the nodes share.
-        max_workers: how many calls run at a time, over all jobs; by default, as many as the jobs hold.
         partition, account, qos, constraint, nodelist, exclude, nodes, gres: as sbatch has them.
         time: of a call, "01:30:00" or seconds; a job's is that of all its calls, one after the other.
         cpus_per_task: CPUs of a call.
@@ -29,9 +28,10 @@ class SlurmExecutor(BatchExecutor):
         command_prefix: words in front of each of SLURM's commands, `["ssh", "login1"]`.
         command_timeout: seconds after which such a command is ended.
         max_array: how many jobs an array may have; by default what SLURM says.
-        packing: how calls go into jobs and when the scheduler is asked: `calls_per_job`,
-            `parallel_calls_per_job`, `target_jobs`, `max_jobs`, …, `poll_interval`, `pending_timeout`,
-            `path_map`, `context`, `name`: see `BatchExecutor`.
+        options: what all batch executors take: how many calls run at a time (`max_workers`), how they go
+            into jobs (`calls_per_job`, `parallel_calls_per_job`, `target_jobs`, `max_jobs`, …), when the
+            scheduler is asked (`poll_interval`, `pending_timeout`, …), `path_map`, `context`, `name`: see
+            `BatchExecutor`.
 
     A call's `CallOptions` come before what is said here; `extra` takes the names of sbatch's options above,
     and Fractal's (`needs_gpu`, `pre_submission_commands`, `user_local_exports`, `tasks_per_job`,
@@ -45,7 +45,6 @@ class SlurmExecutor(BatchExecutor):
         self,
         folder: str | os.PathLike[str],
         *,
-        max_workers: int | None = None,
         partition: str | None = None,
         account: str | int | None = None,
         time: int | float | str | None = None,
@@ -66,23 +65,8 @@ class SlurmExecutor(BatchExecutor):
         python: str | None = None,
         command_prefix: str | Sequence[str] = (),
         command_timeout: float = 60.0,
-        calls_per_job: int | None = None,
-        parallel_calls_per_job: int | None = None,
-        target_jobs: int | None = None,
-        target_cpus_per_job: int | None = None,
-        max_cpus_per_job: int | None = None,
-        target_memory_per_job: int | float | str | None = None,
-        max_memory_per_job: int | float | str | None = None,
-        max_jobs: int | None = None,
         max_array: int | None = None,
-        max_time: int | float | str | None = None,
-        poll_interval: int | float | str = 10.0,
-        pending_timeout: int | float | str | None = None,
-        grace: int | float | str | None = None,
-        submission_timeout: int | float | str = 900.0,
-        path_map: Mapping[str, str] | None = None,
-        name: str | None = None,
-        context: Mapping[str, Any] | None = None,
+        **options: Unpack[BatchOptions],
     ) -> None:
         scheduler = SlurmScheduler(
             qos=qos,
@@ -104,28 +88,12 @@ class SlurmExecutor(BatchExecutor):
         super().__init__(
             scheduler,
             folder,
-            max_workers=max_workers,
             cpus=cpus_per_task,
             memory=mem,
             gpus=gpus,
             time=time,
             queue=partition,
             account=None if account is None else str(account),  # many accounts are numbers
-            calls_per_job=calls_per_job,
-            parallel_calls_per_job=parallel_calls_per_job,
-            target_jobs=target_jobs,
-            target_cpus_per_job=target_cpus_per_job,
-            max_cpus_per_job=max_cpus_per_job,
-            target_memory_per_job=target_memory_per_job,
-            max_memory_per_job=max_memory_per_job,
-            max_jobs=max_jobs,
             max_array=max_array,
-            max_time=max_time,
-            poll_interval=poll_interval,
-            pending_timeout=pending_timeout,
-            grace=grace,
-            submission_timeout=submission_timeout,
-            path_map=path_map,
-            name=name,
-            context=context,
+            **options,
         )

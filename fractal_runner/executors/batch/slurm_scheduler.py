@@ -6,7 +6,6 @@ What its commands say is read in `slurm_words`, what it is given to run is made 
 from __future__ import annotations
 
 import itertools
-import shlex
 import subprocess
 import sys
 import threading
@@ -17,6 +16,7 @@ from typing import Any
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from fractal_runner.executors.batch import slurm_words as words
+from fractal_runner.executors.batch.commands import NOT_FOUND, CommandAnswer, Run, cleaned
 from fractal_runner.executors.batch.scheduler import (
     ArrayRequest,
     JobState,
@@ -25,15 +25,8 @@ from fractal_runner.executors.batch.scheduler import (
     SchedulerError,
     SubmissionRefusedError,
 )
-from fractal_runner.executors.batch.slurm_commands import (
-    NOT_FOUND,
-    TIMED_OUT,
-    CommandAnswer,
-    Commands,
-    Run,
-    missing,
-)
-from fractal_runner.executors.batch.slurm_options import merge_options, parse_options
+from fractal_runner.executors.batch.slurm_commands import HINT, TIMED_OUT, slurm_commands
+from fractal_runner.executors.batch.slurm_options import OPTIONS
 from fractal_runner.executors.batch.slurm_submission import Element, prepare
 
 _ACCOUNT_S = 5.0  # how far sacct may be behind squeue
@@ -79,6 +72,7 @@ class SlurmScheduler(Scheduler):
     """
 
     name = "SLURM"
+    keeps_waiting = True  # squeue(1): a job is there until it has ended, and MinJobAge after that
 
     def __init__(
         self,
@@ -117,11 +111,7 @@ class SlurmScheduler(Scheduler):
         )
         self._requeue = requeue
         self._python = sys.executable if python is None else python
-        self._commands = Commands(
-            tuple(shlex.split(command_prefix) if isinstance(command_prefix, str) else command_prefix),
-            command_timeout,
-            run,
-        )
+        self._commands = slurm_commands(command_prefix, command_timeout, run)
         self._max_array = max_array
         self._asking = threading.Lock()
         # How many jobs an array of ours has, by its id: all of them can be cancelled by one word. Set and
@@ -144,11 +134,11 @@ class SlurmScheduler(Scheduler):
             return self._max_array
 
     def check(self, extra: Mapping[str, Any]) -> Mapping[str, Any]:
-        return parse_options(extra)
+        return OPTIONS.parse(extra)
 
     def submit(self, request: ArrayRequest) -> Sequence[str]:
         try:
-            options = merge_options(self._defaults, request.extra)
+            options = OPTIONS.merge(self._defaults, request.extra)
             executor = prepare(
                 request, options, commands=self._commands, python=self._python, requeue=self._requeue
             )
@@ -220,7 +210,7 @@ class SlurmScheduler(Scheduler):
         ]
         for start in range(0, len(wanted), _IDS_PER_COMMAND):
             answer = self._commands("scancel", *wanted[start : start + _IDS_PER_COMMAND])
-            told = words.cleaned(answer.stderr).splitlines()
+            told = cleaned(answer.stderr).splitlines()
             if answer.returncode and not (told and all(map(words.NOTHING_TO_CANCEL.search, told))):
                 answer.expect_success()
 
@@ -268,7 +258,7 @@ def _not_submitted(request: ArrayRequest, stderr: str, returncode: int | None) -
     if returncode in TIMED_OUT:
         return SchedulerError(f"sbatch did not answer in time for array {request.name}. {stderr}".rstrip())
     if returncode == NOT_FOUND:  # nothing was asked, and waiting does not bring it
-        return SubmissionRefusedError(f"{missing('sbatch')} {stderr}".rstrip())
+        return SubmissionRefusedError(f"sbatch was not found: {HINT} {stderr}".rstrip())
     if words.is_refusal(stderr):
         return SubmissionRefusedError(f"SLURM has refused array {request.name}: {stderr}")
     said = stderr or "it says nothing"

@@ -25,10 +25,10 @@ from submitit.core import utils as submitit_utils
 from submitit.helpers import Checkpointable
 from submitit.slurm.slurm import SlurmInfoWatcher, SlurmJob
 
-from fractal_runner.executors.batch import slurm_words as words
+from fractal_runner.executors.batch.commands import Commands, cleaned
+from fractal_runner.executors.batch.options import one_line
 from fractal_runner.executors.batch.scheduler import ArrayRequest, JobPlace
-from fractal_runner.executors.batch.slurm_commands import Commands
-from fractal_runner.executors.batch.slurm_options import one_line
+from fractal_runner.executors.batch.slurm_commands import sbatch
 
 _PICKLE, _STDERR = "element.pkl", "sbatch.err"
 _LONGEST_LEAD_S = 90
@@ -91,7 +91,7 @@ def prepare(
     executor = Submitter(
         folder,
         seen_as=seen_as,
-        command=commands.sbatch({name for name in parameters if parameters[name] is not None}),
+        command=sbatch(commands, {name for name in parameters if parameters[name] is not None}),
         waits=bool(teardown),
         python=shlex.quote(python),
         named_by_nodes=bool(commands.prefix),
@@ -188,7 +188,7 @@ class Submitter(submitit.SlurmExecutor):
     def stderr(self) -> str:
         """What sbatch had to say."""
         try:
-            return words.cleaned((Path(self.folder) / _STDERR).read_text(errors="replace"))
+            return cleaned((Path(self.folder) / _STDERR).read_text(errors="replace"))
         except OSError:
             return ""
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from fractal_runner.executors.batch.scheduler import JobState, JobStatus
+from fractal_runner.executors.batch.scheduler import Cause, JobState, JobStatus
 
 _log = logging.getLogger(__name__)
 
@@ -43,6 +43,16 @@ STATES: dict[str, JobState] = {
     "OUT_OF_MEMORY": JobState.ENDED,
     "PREEMPTED": JobState.ENDED,  # made room for another, and was not to be requeued
     "TIMEOUT": JobState.ENDED,  # its time was up
+}
+# What the words for an end mean, where that is something in particular.
+CAUSES: dict[str, Cause] = {
+    "BOOT_FAIL": Cause.NODE,
+    "CANCELLED": Cause.CANCELLED,
+    "DEADLINE": Cause.DEADLINE,
+    "NODE_FAIL": Cause.NODE,
+    "OUT_OF_MEMORY": Cause.MEMORY,
+    "PREEMPTED": Cause.PREEMPTED,
+    "TIMEOUT": Cause.TIME,
 }
 # In these a job waits for people.
 _HELD_STATES = {"REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
@@ -186,7 +196,9 @@ def read_sacct(text: str) -> Answer:
             and job.reason == "FAILED"
         ):
             detail = f"{job.detail}, its step {step} OUT_OF_MEMORY"
-            answer.elements[f"{array}_{task}"] = replace(job, reason="OUT_OF_MEMORY", detail=detail)
+            answer.elements[f"{array}_{task}"] = replace(
+                job, reason="OUT_OF_MEMORY", detail=detail, cause=Cause.MEMORY
+            )
     return answer
 
 
@@ -253,11 +265,6 @@ def is_refusal(stderr: str) -> bool:
     return any(line.startswith("sbatch: ") and not line.startswith("sbatch: warning") for line in lines)
 
 
-def cleaned(stderr: str) -> str:
-    """What a command wrote on stderr, without what is blank."""
-    return "\n".join(filter(None, map(str.strip, stderr.splitlines())))
-
-
 def _status(word: str, code: str, node: str, reason: str, who: str) -> JobStatus:
     name, _, by = word.strip().partition(" ")
     name = name.rstrip("+")  # sacct cuts a word that is too long for its column
@@ -279,7 +286,7 @@ def _status(word: str, code: str, node: str, reason: str, who: str) -> JobStatus
     returncode = read_returncode(code)
     if returncode == 0 and name != "COMPLETED":  # of a job that was cancelled, or could not be launched
         returncode = None
-    return JobStatus(state, name, returncode, where, ", ".join(parts))
+    return JobStatus(state, name, returncode, where, ", ".join(parts), cause=CAUSES.get(name))
 
 
 def _is_final(reason: str | None) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fractal_runner.executors.base import stopped_error
@@ -56,7 +56,7 @@ class Stopping:
         self._untold: dict[Job, list[int]] = {}  # the same, for jobs that are being submitted
         self._tell_at = 0.0
         self._deaf: weakref.WeakSet[Job] = weakref.WeakSet()  # it has been warned of that they are not told
-        self._cancels: list[str] = []
+        self._cancels: dict[str, str] = {}  # ids, each with the name of its array
         self._cancel_at = 0.0
         self._refused_since: float | None = None  # the scheduler does not take them
 
@@ -94,15 +94,14 @@ class Stopping:
         """Have the scheduler end a job."""
         job.cancelled = True
         if job.id is not None:
-            self._cancels.append(job.id)
+            self._cancels[job.id] = job.array.request.name
             self._write(job)  # the scheduler may refuse, or be too late
 
     def submitted(self, array: Array) -> None:
         """The ids of jobs are known now, also of those that are not wanted any more."""
-        self._cancels += [job.id for job in array.jobs if job.cancelled and job.id is not None]
         for job in array.jobs:
             if job.cancelled:
-                self._write(job)
+                self.cancel(job)
             if (places := self._untold.pop(job, None)) is not None:
                 self._places.setdefault(job, []).extend(places)
 
@@ -128,8 +127,8 @@ class Stopping:
             else:
                 job.stop_by = None
         if self._cancels and now >= self._cancel_at and not self._errands.asking:
-            ids, self._cancels = self._cancels, []
-            self._errands.ask(lambda: self._cancel(ids), lambda error: self._not_cancelled(ids, error))
+            jobs, self._cancels = self._cancels, {}
+            self._errands.ask(lambda: self._cancel(jobs), lambda error: self._not_cancelled(jobs, error))
 
     def _give_up(self, job: Job) -> None:
         """Neither the job nor the scheduler has ended what was stopped: nobody is to wait for that."""
@@ -170,21 +169,21 @@ class Stopping:
             return False
         return True
 
-    def _cancel(self, ids: Sequence[str]) -> Note:
+    def _cancel(self, jobs: Mapping[str, str]) -> Note:
         """In the thread that asks."""
-        self._scheduler.cancel(ids)
+        self._scheduler.cancel(jobs)
         return self._have_cancelled
 
     def _have_cancelled(self) -> None:
         self._refused_since = None
 
-    def _not_cancelled(self, ids: Sequence[str], error: Exception) -> None:
+    def _not_cancelled(self, jobs: Mapping[str, str], error: Exception) -> None:
         now = self._clock()
         if self._refused_since is None:
             self._refused_since = now
         if now - self._refused_since > _CANCEL_LIMIT_S:
-            _logger.warning("%s: %d job(s) could not be cancelled: %s", self._name, len(ids), error)
+            _logger.warning("%s: %d job(s) could not be cancelled: %s", self._name, len(jobs), error)
             self._refused_since = None
             return  # they have been told by their own file as well
-        self._cancels += ids
+        self._cancels |= jobs
         self._cancel_at = now + _AGAIN_S

@@ -303,7 +303,7 @@ class Submitting:
         if found:
             chosen, spare = one_of_each(array.files, found)
             if spare:
-                self._scheduler.cancel(spare)
+                self._scheduler.cancel(dict.fromkeys(spare, array.request.name))
             return lambda: self._submitted(array, chosen)
         return self._void(array, lambda: self._submit_again(array))
 

@@ -7,20 +7,19 @@ import pickle
 from fractal_runner.errors import ExecutorError, JobExecutionError
 from fractal_runner.executors.batch.jobs import Array, Item, Job
 from fractal_runner.executors.batch.records import Record
-from fractal_runner.executors.batch.scheduler import JobState, JobStatus
+from fractal_runner.executors.batch.scheduler import Cause, JobState, JobStatus
 from fractal_runner.executors.local.reports import has_output, report_end
 
 LOST, NO_EVIDENCE, REFUSED, NOT_SUBMITTED = "LOST", "NO_EVIDENCE", "REFUSED", "NOT_SUBMITTED"
 NEVER_STARTS, DAMAGED = "NEVER_STARTS", "DAMAGED_RECORDS"
 
-# What people can do about it, by the scheduler's words: squeue(1), JOB STATE CODES; LSF's bhist(1).
-_REMEDIES = {
-    "TIMEOUT": "Ask for more time, or put fewer calls into a job.",
-    "OUT_OF_MEMORY": "Ask for more memory, or let fewer calls run at a time.",
-    "NODE_FAIL": "It may succeed on another node.",
-    "BOOT_FAIL": "It may succeed on another node.",
-    "PREEMPTED": "It may succeed another time.",
-    "DEADLINE": "Ask for less time, or for a later deadline.",
+# What people can do about it.
+_REMEDIES: dict[Cause | None, str] = {
+    Cause.DEADLINE: "Ask for less time, or for a later deadline.",
+    Cause.MEMORY: "Ask for more memory, or let fewer calls run at a time.",
+    Cause.NODE: "It may succeed on another node.",
+    Cause.PREEMPTED: "It may succeed another time.",
+    Cause.TIME: "Ask for more time, or put fewer calls into a job.",
 }
 
 
@@ -53,7 +52,7 @@ def of_job(job: Job, item: Item, what: str, *, reason: str, status: JobStatus | 
     tail = job.log_tail()
     parts = [f"The call {item.call.name!r} {what}: {job.says}"]
     parts[0] += f" is {reason}." if reason not in (LOST, NO_EVIDENCE) else f" {_ENDS[reason]}."
-    if remedy := _REMEDIES.get(reason):
+    if status is not None and (remedy := _REMEDIES.get(status.cause)):
         parts.append(remedy)
     if status is not None and status.detail:
         parts.append(f"The scheduler says: {status.detail}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fractal_runner.executors.batch.base import BatchExecutor
@@ -83,13 +83,13 @@ class FaultyScheduler(ProcessScheduler):
             ids = [id for id, (known, _) in self._jobs.items() if known.name == request.name]
         return [ids[start : start + request.count] for start in range(0, len(ids), request.count)]
 
-    def states(self, jobs: Collection[str]) -> Mapping[str, JobStatus]:
+    def states(self, jobs: Mapping[str, str]) -> Mapping[str, JobStatus]:
         if self.is_away:
             self.asked.append("states")
             raise SchedulerError("the controller is away")
         return {**super().states(jobs), **{id: self.statuses[id] for id in jobs if id in self.statuses}}
 
-    def cancel(self, jobs: Collection[str]) -> None:
+    def cancel(self, jobs: Mapping[str, str]) -> None:
         self.cancelled += jobs
         if self.cancels_nothing:
             raise SchedulerError("the controller is away")

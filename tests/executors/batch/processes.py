@@ -7,13 +7,13 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from fractal_runner.executors.batch.base import BatchExecutor
-from fractal_runner.executors.batch.scheduler import ArrayRequest, JobState, JobStatus, Scheduler
+from fractal_runner.executors.batch.scheduler import ArrayRequest, Cause, JobState, JobStatus, Scheduler
 
 JOB_PROGRAM = """
 import sys
@@ -22,6 +22,14 @@ from fractal_runner.executors.batch.scheduler import JobPlace
 directory, number, job, restart = sys.argv[1:]
 run_job(directory, int(number), JobPlace(job, int(restart), "here"))
 """
+
+
+CAUSES = {
+    "CANCELLED": Cause.CANCELLED,
+    "NODE_FAIL": Cause.NODE,
+    "OUT_OF_MEMORY": Cause.MEMORY,
+    "TIMEOUT": Cause.TIME,
+}
 
 
 class ProcessScheduler(Scheduler):
@@ -33,6 +41,7 @@ class ProcessScheduler(Scheduler):
     """
 
     name = "PROCESSES"
+    keeps_waiting = True
     max_array = 100  # type: ignore[assignment]
 
     def __init__(self, places: int = 4) -> None:
@@ -70,18 +79,18 @@ class ProcessScheduler(Scheduler):
             ids = [id for id, (known, _) in self._jobs.items() if known.name == request.name]
         return [ids] if ids else []
 
-    def states(self, jobs: Collection[str]) -> Mapping[str, JobStatus]:
+    def states(self, jobs: Mapping[str, str]) -> Mapping[str, JobStatus]:
         self.asked.append("states")
         with self._lock:
             return {id: self._status(id) for id in jobs}
 
-    def cancel(self, jobs: Collection[str]) -> None:
+    def cancel(self, jobs: Mapping[str, str]) -> None:
         self.asked.append("cancel")
         with self._lock:
             for id in jobs:
                 if id in self._queue:
                     self._queue.remove(id)
-                    self._ended[id] = JobStatus(JobState.ENDED, "CANCELLED")
+                    self._ended[id] = JobStatus(JobState.ENDED, "CANCELLED", cause=Cause.CANCELLED)
                 elif (process := self._running.get(id)) is not None:
                     self.reasons.setdefault(id, "CANCELLED")
                     os.killpg(process.pid, signal.SIGTERM)
@@ -132,7 +141,10 @@ class ProcessScheduler(Scheduler):
         with self._lock:
             del self._running[id]
             reason = self.reasons.get(id, "FAILED" if code else None)
-            self._ended[id] = JobStatus(JobState.ENDED, reason, code, "here", f"{id} ended with {code}")
+            detail = f"{id} ended with {code}"
+            self._ended[id] = JobStatus(
+                JobState.ENDED, reason, code, "here", detail, cause=CAUSES.get(reason or "")
+            )
             self._start_some()
 
 

@@ -1,0 +1,42 @@
+"""A job of a cluster, from its script: `python -m fractal_runner.executors.batch DIRECTORY NUMBER …`.
+
+For schedulers whose scripts are our own. What follows the two is what `JobPlace` has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+
+from fractal_runner.executors.batch.job import run_job
+from fractal_runner.executors.batch.scheduler import JobPlace
+from fractal_runner.worker.processes import host_name
+
+
+def main() -> None:
+    """Run the job that the command line names."""
+    parser = argparse.ArgumentParser("python -m fractal_runner.executors.batch", description=run_job.__doc__)
+    parser.add_argument("directory")
+    parser.add_argument("number", type=int)
+    parser.add_argument("--id", required=True)
+    parser.add_argument("--node", help="as the scheduler calls it")
+    parser.add_argument("--ended-by", type=_signals, default=frozenset({signal.SIGTERM}), metavar="TERM,INT")
+    parser.add_argument("--warned-by", type=_signals, default=frozenset(), metavar="USR2")
+    parser.add_argument("--warned-after", type=float, metavar="SECONDS")
+    said = parser.parse_args()
+    place = JobPlace(
+        id=said.id,
+        restart=None,
+        node=said.node or host_name(),
+        ended_by=said.ended_by,
+        warned_by=said.warned_by,
+        warned_after=said.warned_after,
+    )
+    run_job(said.directory, said.number, place)
+
+
+def _signals(text: str) -> frozenset[int]:
+    return frozenset(signal.Signals[f"SIG{name}"] for name in text.split(","))
+
+
+main()
