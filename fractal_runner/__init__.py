@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         TaskOutputValidationError,
     )
     from fractal_runner.executors.base import Executor
+    from fractal_runner.executors.batch.lsf import LsfExecutor
     from fractal_runner.executors.batch.slurm import SlurmExecutor
     from fractal_runner.executors.calls import CallOptions, TaskInfo, current_context
     from fractal_runner.executors.local.executors import (
@@ -62,6 +63,7 @@ __all__ = [
     "Image",
     "InputFileError",
     "JobExecutionError",
+    "LsfExecutor",
     "ProcessExecutor",
     "RunBusyError",
     "RunFinished",
@@ -97,6 +99,7 @@ _HOME_OF = {
         *("TaskExecutionError", "TaskOutputValidationError"),
     ),
     "executors.base": ("Executor",),
+    "executors.batch.lsf": ("LsfExecutor",),
     "executors.batch.slurm": ("SlurmExecutor",),
     "executors.calls": ("CallOptions", "TaskInfo", "current_context"),
     "executors.local.executors": (

@@ -35,6 +35,7 @@ _LOCAL = "fractal_runner.executors.local.executors"
 # By place, not by class: a name costs its import only where it is used.
 _PLACES = {
     "fork": f"{_LOCAL}:ForkExecutor",
+    "lsf": "fractal_runner.executors.batch.lsf:LsfExecutor",
     "process": f"{_LOCAL}:ProcessExecutor",
     "serial": f"{_LOCAL}:SerialExecutor",
     "slurm": "fractal_runner.executors.batch.slurm:SlurmExecutor",

@@ -175,8 +175,9 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "retry_elsewhere": ("retry_elsewhere", _flag),
     "rerunnable": ("rerunnable", _flag),
 }
-# What only a scheduler understands, under the names that Fractal gives it.
+# What only a scheduler understands, under the names that Fractal gives it; LSF's are its executor's.
 _EXTRA: dict[str, Callable[[Any], Any]] = {
+    "bsub_extra": _as_it_is,
     "constraint": _as_it_is,
     "exclude": _node_names,
     "extra_lines": _as_it_is,
@@ -187,6 +188,7 @@ _EXTRA: dict[str, Callable[[Any], Any]] = {
     "ntasks_per_node": _as_it_is,
     "parallel_tasks_per_job": parse_count,
     "pre_submission_commands": _as_it_is,
+    "resource_requirements": _as_it_is,
     "tasks_per_job": parse_count,
     "user_local_exports": _as_it_is,
 }

@@ -272,10 +272,14 @@ class BatchExecutor(Executor):
         return self._packing.replaced(extra.get("tasks_per_job"), extra.get("parallel_tasks_per_job"))
 
     def fitting(self, **options: Any) -> tuple[Executor, list[str]]:
-        """As `options`: jobs are made as large as their calls need."""
+        """As `options`: jobs are made as large as need be. What only other schedulers have is left out."""
+        extra = options.get("extra") or {}
+        foreign = sorted(extra.keys() & self.scheduler.ignores)
+        if foreign:
+            options["extra"] = {name: value for name, value in extra.items() if name not in foreign}
         chosen = self._options.replaced(**options)
         self._check_options(chosen)
-        return View(self, chosen), []
+        return View(self, chosen), [f"{name} means nothing to {self.scheduler.name}" for name in foreign]
 
     def __exit__(
         self,

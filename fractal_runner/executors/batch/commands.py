@@ -63,7 +63,8 @@ class Commands:
         run: what runs them, as `subprocess.run` does.
         hint: what can be done where a command is not found.
         settings: variables that they are given.
-        variables: of the environment, those that they are to have.
+        unset: variables that they are not to have, here or behind the prefix.
+        variables: of the environment here, those that they are to have.
     """
 
     prefix: tuple[str, ...]
@@ -71,6 +72,7 @@ class Commands:
     run: Run
     hint: str
     settings: Mapping[str, str] = field(default_factory=dict)
+    unset: tuple[str, ...] = ()
     variables: Callable[[Mapping[str, str]], dict[str, str]] = dict
 
     def __call__(self, *command: str, stdin: str | None = None) -> CommandAnswer:
@@ -92,7 +94,7 @@ class Commands:
                 encoding="utf-8",
                 errors="replace",
                 timeout=self.timeout,
-                env={**self.variables(os.environ), **self.settings},
+                env=self._environment(),
                 check=False,
             )
         except subprocess.TimeoutExpired as error:
@@ -110,11 +112,16 @@ class Commands:
         """The words that run a command, wherever that is."""
         words = list(command)
         if self.prefix and with_settings:
-            words = ["env", *(f"{name}={value}" for name, value in self.settings.items()), *words]
+            unset = [word for name in self.unset for word in ("-u", name)]
+            words = ["env", *unset, *(f"{name}={value}" for name, value in self.settings.items()), *words]
         # ssh joins its words, and the shell at the other end takes them apart again.
         if any(PurePosixPath(word).name == "ssh" for word in self.prefix):
             words = [shlex.join(words)]
         return [*self.prefix, *words]
+
+    def _environment(self) -> dict[str, str]:
+        kept = self.variables(os.environ)
+        return {name: value for name, value in kept.items() if name not in self.unset} | dict(self.settings)
 
 
 def _text(output: Any) -> str:

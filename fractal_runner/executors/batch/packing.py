@@ -21,6 +21,8 @@ MAX_JOBS = 100  # of one call at a time; of so many fewer jobs, if nothing is sa
 TARGET_CPUS = 4
 TARGET_MEMORY = 16 * 10**9
 
+_LONGEST_LEAD_S = 90.0
+
 
 @dataclass(frozen=True, slots=True)
 class Packed:
@@ -237,6 +239,11 @@ def job_time(
         return None
     seconds = call_time_s * math.ceil(calls_per_job / parallel)
     return seconds if max_time_s is None else min(seconds, max_time_s)
+
+
+def lead_s(time_s: float) -> float:
+    """How many seconds before its end a job that has so many starts nothing more."""
+    return min(_LONGEST_LEAD_S, time_s / 10)
 
 
 def _parsed(name: str, parse: Callable[[Any], int], value: Any) -> int:

@@ -116,10 +116,12 @@ class Scheduler(ABC):
         name: what it is called ("SLURM").
         keeps_waiting: whether a job that has waited, and is not known any more though others of its array
             are, was surely taken out by somebody.
+        ignores: options that only other schedulers have, and that a task may be carrying.
     """
 
     name: str
     keeps_waiting: bool = False
+    ignores: frozenset[str] = frozenset()
 
     @property
     @abstractmethod

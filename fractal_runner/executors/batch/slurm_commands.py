@@ -32,7 +32,7 @@ def slurm_commands(
     prefix: str | Sequence[str] = (), timeout: float = 60.0, run: Run = subprocess.run
 ) -> Commands:
     """What runs Slurm's commands."""
-    return Commands(parse_prefix(prefix), timeout, run, HINT, _SETTINGS, _without_slurm)
+    return Commands(parse_prefix(prefix), timeout, run, HINT, _SETTINGS, variables=_without_slurm)
 
 
 def sbatch(commands: Commands, said: Collection[str]) -> Callable[[str], list[str]]:

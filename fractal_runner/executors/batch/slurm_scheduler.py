@@ -72,6 +72,7 @@ class SlurmScheduler(Scheduler):
     """
 
     name = "SLURM"
+    ignores = frozenset({"bsub_extra", "resource_requirements"})
     keeps_waiting = True  # squeue(1): a job is there until it has ended, and MinJobAge after that
 
     def __init__(

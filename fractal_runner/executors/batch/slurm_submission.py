@@ -27,11 +27,11 @@ from submitit.slurm.slurm import SlurmInfoWatcher, SlurmJob
 
 from fractal_runner.executors.batch.commands import Commands, cleaned
 from fractal_runner.executors.batch.options import one_line
+from fractal_runner.executors.batch.packing import lead_s
 from fractal_runner.executors.batch.scheduler import ArrayRequest, JobPlace
 from fractal_runner.executors.batch.slurm_commands import sbatch
 
 _PICKLE, _STDERR = "element.pkl", "sbatch.err"
-_LONGEST_LEAD_S = 90
 _LEAD_WITHOUT_LIMIT_S = 30  # a partition may have a limit of its own
 _FOREVER_MIN = 366 * 24 * 60
 _MIB = 2**20
@@ -213,7 +213,7 @@ class Submitter(submitit.SlurmExecutor):
 
 def _lead(minutes: int | None) -> int:
     """How many seconds before its end a job is told of it. Slurm itself has a grain of a minute there."""
-    return _LEAD_WITHOUT_LIMIT_S if minutes is None else min(_LONGEST_LEAD_S, minutes * 60 // 10)
+    return _LEAD_WITHOUT_LIMIT_S if minutes is None else int(lead_s(minutes * 60))
 
 
 def _cpus(request: ArrayRequest, options: Mapping[str, Any]) -> dict[str, int]:

@@ -1,0 +1,366 @@
+"""LSF, by its commands: what both of its families understand, and more where IBM's answers.
+
+What its commands say is read in `lsf_words`, what it is given to run is made in `lsf_submission`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fractal_runner.errors import did_you_mean
+from fractal_runner.executors.batch import lsf_words as words
+from fractal_runner.executors.batch.commands import CommandAnswer, Commands, Run, parse_prefix
+from fractal_runner.executors.batch.lsf_options import OPTIONS
+from fractal_runner.executors.batch.lsf_submission import (
+    UNITS,
+    MemoryPer,
+    MemoryTerms,
+    MemoryUnit,
+    bsub_words,
+    write_script,
+)
+from fractal_runner.executors.batch.scheduler import (
+    ArrayRequest,
+    JobState,
+    JobStatus,
+    Scheduler,
+    SchedulerError,
+    SubmissionRefusedError,
+)
+
+_MAX_ARRAY = 1000  # MAX_JOB_ARRAY_SIZE of both families, where a site has not set it
+_ARRAYS_PER_COMMAND = 500
+_WORDS_PER_COMMAND = 200
+_SPANS_PER_WORD = 20
+_HINT = (
+    "is this a login node of LSF? Read its profile there (`. <top>/conf/profile.lsf`), or say by "
+    "`bsub_cmd`, `bjobs_cmd`, `bkill_cmd` and `command_prefix` where its commands are."
+)
+# One attempt: whoever asks has time, and asks again. Without it a command waits for the daemons for ever.
+_SETTINGS = {"LSB_NTRIES": "1", "LC_ALL": "C"}
+# They change what commands print, for people.
+_UNSET = ("BSUB_QUIET", "BSUB_QUIET2", "BSUB_STDERR", "LSB_BJOBS_FORMAT", "LSB_DISPLAY_YEAR")
+_ELEMENT = re.compile(r"(\d{1,18})\[(\d{1,9})\]", re.ASCII)
+_UNIT_OF_SITE = re.compile(r"^\s*LSF_UNIT_FOR_LIMITS\s*=\s*[\"']?([KMGTPE]B)\b", re.MULTILINE)
+_NO_JOBS = re.compile(r"\bNo (?:\w+ )?job found", re.IGNORECASE)
+_NOT_AN_ARRAY = "NOT_AN_ARRAY"
+
+
+class LsfScheduler(Scheduler):
+    """A cluster that is run by LSF: IBM's (Spectrum LSF 10.1), or one of the openlava family.
+
+    Args, the first ones being defaults of what a call may say for itself in `extra`:
+        resource_requirements: `"select[type==any]"`, or several such texts. They are put together with what
+            is asked for memory, and with `span[hosts=1]`, where they say nothing of these.
+        bsub_extra: further words for bsub, `["-app", "chem"]`. A call's own come after them.
+        setup: lines of shell that each job begins with.
+        teardown: lines of shell that it ends with, unless it is killed.
+        env: variables for each job.
+
+    Args that no call says:
+        memory_unit: what LSF counts memory in here, "KB", "MB", …; by default what `LSF_UNIT_FOR_LIMITS`
+            says in `$LSF_ENVDIR/lsf.conf`, else IBM's KB for limits and MB for reservations, and MB for the
+            others.
+        memory_per: whether the site takes these numbers as of a "job", of each "host" of it, or of each
+            "task" (`RESOURCE_RESERVE_PER_TASK`).
+        rerunnable: whether LSF may start a job again whose host was lost. It may still run there.
+        python: the interpreter on the hosts; this one's path by default.
+        command_prefix: words in front of each command, `["ssh", "login1"]`, or one text with them.
+        bsub_cmd, bjobs_cmd, bkill_cmd: LSF's commands, by name or path, with words of their own if need be.
+            `lsid` and `bhist` are looked for where `bjobs_cmd` is.
+        command_timeout: seconds after which a command is ended.
+        max_array: how many jobs an array may have: not more than the site's MAX_JOB_ARRAY_SIZE. LSF of the
+            open families does not refuse larger ones; it runs something else.
+        run: what runs commands, as `subprocess.run` does.
+
+    Memory is rounded up to whole units, time to whole minutes.
+
+    Raises:
+        TypeError, ValueError: if an argument is not what it should be.
+    """
+
+    name = "LSF"
+    ignores = frozenset({"constraint", "extra_lines", "gres", "nodes", "ntasks_per_node"})
+
+    def __init__(
+        self,
+        *,
+        resource_requirements: str | Sequence[str] = (),
+        bsub_extra: Sequence[str] = (),
+        setup: Sequence[str] = (),
+        teardown: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+        memory_unit: MemoryUnit | None = None,
+        memory_per: MemoryPer = "host",
+        rerunnable: bool = False,
+        python: str | None = None,
+        command_prefix: str | Sequence[str] = (),
+        bsub_cmd: str | Sequence[str] = "bsub",
+        bjobs_cmd: str | Sequence[str] = "bjobs",
+        bkill_cmd: str | Sequence[str] = "bkill",
+        command_timeout: float = 60.0,
+        max_array: int | None = None,
+        run: Run = subprocess.run,
+    ) -> None:
+        self._defaults = self.check(
+            {
+                "resource_requirements": resource_requirements,
+                "bsub_extra": bsub_extra,
+                "setup": setup,
+                "teardown": teardown,
+                "env": env,
+            }
+        )
+        self._unit = None if memory_unit is None else UNITS[_chosen("memory_unit", memory_unit, UNITS)]
+        self._per: MemoryPer = _chosen("memory_per", memory_per, ("job", "host", "task"))
+        self._rerunnable = rerunnable
+        self._python = sys.executable if python is None else python
+        self._commands = Commands(
+            *(parse_prefix(command_prefix), command_timeout, run, _HINT), settings=_SETTINGS, unset=_UNSET
+        )
+        self._bsub, self._bjobs, self._bkill = map(parse_prefix, (bsub_cmd, bjobs_cmd, bkill_cmd))
+        self._max_array = _MAX_ARRAY if max_array is None else max_array
+        self._asking = threading.Lock()  # guards the next one
+        self._dialect: words.Dialect | None = None
+        # The names of the arrays that surely had these ids in this process's time. Set in single steps.
+        self._known: dict[str, str] = {}
+
+    @property
+    def max_array(self) -> int:
+        return self._max_array
+
+    @property
+    def dialect(self) -> words.Dialect:
+        """Which family's LSF it is; what both understand, as long as that cannot be found out."""
+        with self._asking:
+            if self._dialect is None:
+                self._dialect = self._find_dialect()
+            return self._dialect or words.Dialect.OPENLAVA
+
+    def check(self, extra: Mapping[str, Any]) -> Mapping[str, Any]:
+        return OPTIONS.parse(extra)
+
+    def submit(self, request: ArrayRequest) -> Sequence[str]:
+        options = OPTIONS.merge(self._defaults, request.extra)
+        said = bsub_words(
+            request, options, dialect=self.dialect, memory=self._memory(), rerunnable=self._rerunnable
+        )
+        try:
+            line = write_script(request, options, python=self._python)
+        except OSError as error:
+            raise SchedulerError(f"{request.directory} cannot be written to: {error}") from error
+        answer = self._commands(*self._bsub, *said, stdin=line)
+        if array := words.read_submission(answer.text):  # whatever else there is, or its exit code
+            return self._ids(array, request)
+        if answer.is_missing:  # nothing was asked, and waiting does not bring it
+            raise SubmissionRefusedError(f"{answer.program} was not found: {_HINT}")
+        text = words.cleaned(answer.text) or f"{answer.program} says nothing"
+        if words.is_refusal(answer.text):
+            raise SubmissionRefusedError(f"LSF has refused array {request.name}: {text}")
+        raise SchedulerError(f"It is not known whether LSF has array {request.name}: {text}")
+
+    def find(self, request: ArrayRequest) -> Sequence[Sequence[str]]:
+        # Not by name: whether an array has that of its elements differs.
+        answer = self._ask("-a")
+        rows = self._read(answer)
+        if not rows and not _NO_JOBS.search(answer.text):
+            raise _no_answer(answer)
+        arrays = {row.array for row in rows if _is_of(row, request.name)}
+        return [self._ids(array, request) for array in sorted(arrays, key=int)]
+
+    def states(self, jobs: Mapping[str, str]) -> Mapping[str, JobStatus]:
+        found: dict[str, JobStatus] = {}
+        arrays = {_array_of(job): name for job, name in jobs.items()}
+        for some in _chunks(list(arrays), _ARRAYS_PER_COMMAND):
+            answer = self._ask(*some)
+            rows = self._read(answer)
+            unknown = words.read_unknown(answer.text)
+            if not rows and not unknown and not _NO_JOBS.search(answer.text):
+                raise _no_answer(answer)
+            found |= self._statuses(rows, unknown, jobs, set(some))
+        return found
+
+    def explain(self, jobs: Mapping[str, str]) -> Mapping[str, JobStatus]:
+        found = self._long(self._bjobs, jobs)
+        # bhist reads files, and knows who has killed a job, and jobs that bjobs has forgotten.
+        unclear = {job: name for job, name in jobs.items() if _may_be_explained(found.get(job))}
+        if unclear:
+            found |= {
+                job: status
+                for job, status in self._long(self._beside_bjobs("bhist"), unclear).items()
+                if job not in found or status.cause is not None
+            }
+        return found
+
+    def cancel(self, jobs: Mapping[str, str]) -> None:
+        jobs = self._without_others(jobs)
+        for some in _chunks(
+            list(_spans(jobs)), _WORDS_PER_COMMAND
+        ):  # never none: bkill would take the last job
+            answer = self._commands(*self._bkill, *some)
+            said = words.cleaned(answer.stderr).splitlines()
+            if answer.returncode and not (said and all(map(words.NOTHING_TO_KILL.search, said))):
+                answer.expect_success()
+
+    def _find_dialect(self) -> words.Dialect | None:
+        for command in (self._beside_bjobs("lsid"), (*self._bjobs, "-V")):
+            try:
+                answer = self._commands(*command)
+            except SchedulerError:  # its daemons are down; the other command does without
+                continue
+            if dialect := words.read_dialect(answer.text):
+                return dialect
+        return None
+
+    def _beside_bjobs(self, program: str) -> tuple[str, ...]:
+        """A command of LSF's that has no setting of its own."""
+        *before, bjobs = self._bjobs
+        return *before, str(Path(bjobs).with_name(program))
+
+    def _memory(self) -> MemoryTerms:
+        unit = self._unit or self._unit_of_site()
+        is_ibm = self.dialect is words.Dialect.IBM
+        limit_unit = UNITS["KB" if is_ibm else "MB"]
+        return MemoryTerms(unit or limit_unit, unit or UNITS["MB"], self._per)
+
+    def _unit_of_site(self) -> int | None:
+        directory = os.environ.get("LSF_ENVDIR")
+        if directory is None or self._commands.prefix:  # then LSF is not here
+            return None
+        try:
+            found = _UNIT_OF_SITE.findall((Path(directory) / "lsf.conf").read_text(errors="replace"))
+        except OSError:
+            return None
+        return UNITS[found[-1]] if found else None
+
+    def _ids(self, array: str, request: ArrayRequest) -> list[str]:
+        self._known[array] = request.name
+        return [f"{array}[{index}]" for index in range(1, request.count + 1)]
+
+    def _ask(self, *said: str) -> CommandAnswer:
+        """What bjobs says. Its exit code says nothing: sites and versions differ in it."""
+        is_ibm = self.dialect is words.Dialect.IBM
+        form = ("-noheader", "-o", words.FIELDS) if is_ibm else ("-w",)
+        answer = self._commands(*self._bjobs, *form, *said)
+        if answer.is_missing:
+            answer.expect_success()
+        return answer
+
+    def _read(self, answer: CommandAnswer) -> list[words.Row]:
+        is_ibm = self.dialect is words.Dialect.IBM
+        return words.read_fields(answer.stdout) if is_ibm else words.read_bjobs(answer.stdout)
+
+    def _statuses(
+        self,
+        rows: Sequence[words.Row],
+        unknown: Collection[str],
+        jobs: Mapping[str, str],
+        asked: Collection[str],
+    ) -> Iterator[tuple[str, JobStatus]]:
+        """What an answer says of the jobs of the arrays that it was asked about."""
+        by_id = {f"{row.array}[{row.index}]": row for row in rows if row.index is not None}
+        plain = {row.array: row for row in rows if row.index is None}
+        for job, name in jobs.items():
+            array = _array_of(job)
+            if array not in asked:
+                continue
+            row = by_id.get(job) or plain.get(array)
+            if row is not None and not _is_of(row, name):
+                yield job, JobStatus(JobState.LOST, detail=f"LSF has given its id to {row.name!r}")
+            elif row is not None:
+                self._known[array] = name
+                yield job, row.status if row.index is not None else _not_an_array(row)
+            elif array in unknown or job in unknown:
+                yield job, JobStatus(JobState.LOST, detail="LSF does not know it")
+
+    def _long(self, command: Sequence[str], jobs: Mapping[str, str]) -> dict[str, JobStatus]:
+        """How jobs have ended, as a command tells at length; nothing of those of which it does not."""
+        found = {}
+        for some in _chunks(list(_spans(jobs)), _WORDS_PER_COMMAND):
+            answer = self._commands(*command, "-l", *some)
+            if words.BUSY.search(answer.stderr) and not answer.stdout:
+                raise _no_answer(answer)
+            for row in words.read_long(answer.stdout):
+                job = f"{row.array}[{row.index}]"
+                if row.name == jobs.get(job) and row.status.state is JobState.ENDED:
+                    found[job] = row.status
+        return found
+
+    def _without_others(self, jobs: Mapping[str, str]) -> Mapping[str, str]:
+        """Without jobs of arrays whose ids are others' by now."""
+        unsure = {job: name for job, name in jobs.items() if self._known.get(_array_of(job)) != name}
+        if not unsure:
+            return jobs
+        states = self.states(unsure)
+        return {
+            job: name
+            for job, name in jobs.items()
+            if job not in states or states[job].state is not JobState.LOST
+        }
+
+
+def _chosen(name: str, value: Any, known: Collection[str]) -> Any:
+    if value not in known:
+        raise ValueError(
+            f"{name}: {value!r} is none of {', '.join(known)}: {did_you_mean(str(value), known)}"
+        )
+    return value
+
+
+def _array_of(job: str) -> str:
+    return job.partition("[")[0]
+
+
+def _is_of(row: words.Row, name: str) -> bool:
+    """Whether it is one of this array, or the array as one plain job."""
+    return row.name == name or row.name.startswith(f"{name}[")
+
+
+def _not_an_array(row: words.Row) -> JobStatus:
+    detail = (
+        f"LSF has taken the array as one plain job, {row.name!r}: it is larger than the site's "
+        "MAX_JOB_ARRAY_SIZE; say by `max_array` what that is"
+    )
+    return replace(row.status, state=JobState.ENDED, reason=_NOT_AN_ARRAY, detail=detail)
+
+
+def _may_be_explained(status: JobStatus | None) -> bool:
+    """Whether bhist may know more: of jobs that bjobs has forgotten, and of those that a signal has ended."""
+    if status is None:
+        return True
+    return status.cause is None and (status.returncode is None or status.returncode < 0)
+
+
+def _no_answer(answer: CommandAnswer) -> SchedulerError:
+    said = words.cleaned(answer.text) or answer.text.strip() or "nothing at all"
+    return SchedulerError(f"{answer.program} gave no answer, but said: {said}")
+
+
+def _spans(jobs: Collection[str]) -> Iterator[str]:
+    """Jobs in the words of bkill and bjobs: "12[1-4,7]"."""
+    by_array: dict[str, list[int]] = {}
+    for job in jobs:
+        if match := _ELEMENT.fullmatch(job):
+            by_array.setdefault(match[1], []).append(int(match[2]))
+    for array, indices in by_array.items():
+        spans: list[list[int]] = []
+        for index in sorted(indices):
+            if spans and spans[-1][1] == index - 1:
+                spans[-1][1] = index
+            else:
+                spans.append([index, index])
+        texts = [str(first) if first == last else f"{first}-{last}" for first, last in spans]
+        for some in _chunks(texts, _SPANS_PER_WORD):
+            yield f"{array}[{','.join(some)}]"
+
+
+def _chunks(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    return (items[start : start + size] for start in range(0, len(items), size))

@@ -1,0 +1,158 @@
+"""What is submitted to LSF: bsub's words, the line that it reads, and the script which that line starts.
+
+The script lies in the array's directory and not in what bsub is given: that can be read by everybody who
+asks for the job at length. All that comes from outside is quoted, except the lines of `setup`, `teardown` and
+`pre_submission_commands`, which are shell by nature.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fractal_runner.executors.batch.files import put
+from fractal_runner.executors.batch.lsf_options import host_names, hosts_of, requirement
+from fractal_runner.executors.batch.lsf_words import Dialect
+from fractal_runner.executors.batch.options import one_line
+from fractal_runner.executors.batch.packing import lead_s
+from fractal_runner.executors.batch.scheduler import ArrayRequest
+
+MemoryUnit = Literal["KB", "MB", "GB", "TB", "PB", "EB"]
+MemoryPer = Literal["job", "host", "task"]
+
+# bytes; LSF counts in powers of two
+UNITS: dict[str, int] = {
+    name: 1024**power for power, name in enumerate(("KB", "MB", "GB", "TB", "PB", "EB"), 1)
+}
+_SCRIPT = "job.sh"
+_SIGNALS = "INT,TERM,USR2"  # bkill's, in that order, and what a job gets whose time is up
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryTerms:
+    """How a site counts memory.
+
+    Attributes:
+        limit_unit: bytes of the unit of `-M`.
+        reserve_unit: bytes of the unit of `rusage[mem=…]`.
+        per: what the numbers are of: the whole job, each of its hosts, or each of its tasks.
+    """
+
+    limit_unit: int
+    reserve_unit: int
+    per: MemoryPer
+
+    def share(self, request: ArrayRequest, hosts: int) -> float:
+        """Bytes of what the numbers are of."""
+        assert request.memory is not None
+        return request.memory / {"job": 1, "host": hosts, "task": request.cpus}[self.per]
+
+
+def bsub_words(
+    request: ArrayRequest,
+    options: Mapping[str, Any],
+    *,
+    dialect: Dialect,
+    memory: MemoryTerms,
+    rerunnable: bool,
+) -> list[str]:
+    """What bsub is told of an array, in words that both families know.
+
+    Raises:
+        ValueError: if LSF could not keep to it.
+    """
+    if not re.fullmatch(r"[\w.+-]+", request.name, re.ASCII):
+        raise ValueError(f"{request.name!r} is not a name for an array: bjobs would not find it by that")
+    own = options.get("resource_requirements", ())
+    words = ["-J", f"{request.name}[1-{request.count}]", "-o", "/dev/null", "-n", str(request.cpus)]
+    reserve = None
+    if request.memory is not None:
+        share = memory.share(request, hosts_of(own, request.cpus))
+        words += ["-M", str(math.ceil(share / memory.limit_unit))]
+        reserve = math.ceil(share / memory.reserve_unit)
+    words += ["-R", requirement(own, excluded=options.get("exclude", ()), memory=reserve)]
+    if request.time is not None:
+        words += ["-W", str(_minutes(request.time))]
+    for option, value in (("-q", request.queue), ("-P", request.account)):
+        if value is not None:
+            words += [option, one_line(value)]
+    if hosts := host_names(options):
+        words += ["-m", " ".join(hosts)]
+    if rerunnable:
+        words.append("-r")
+    extra = options.get("bsub_extra", ())
+    return [*words, *_gpus(request, options, dialect), *extra]
+
+
+def write_script(request: ArrayRequest, options: Mapping[str, Any], *, python: str) -> str:
+    """Write what each job of an array runs; the line that starts it, for bsub to read.
+
+    Args:
+        request: the array.
+        options: its own and the scheduler's, parsed.
+        python: the interpreter on the nodes.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    one_line(request.seen_as)
+    try:
+        place = os.getcwd()
+    except FileNotFoundError:  # somebody has removed it
+        place = request.seen_as
+    put(str(request.directory / _SCRIPT), _script(request, options, python, place).encode())
+    script = f"{request.seen_as.rstrip('/')}/{_SCRIPT}"
+    return f"/bin/sh {shlex.quote(script)}\n"
+
+
+def _script(request: ArrayRequest, options: Mapping[str, Any], python: str, place: str) -> str:
+    directory, here = shlex.quote(request.seen_as), shlex.quote(place)
+    variables = {**options.get("env", {}), **options.get("user_local_exports", {})}
+    warned = ""
+    if request.time is not None:
+        seconds = _minutes(request.time) * 60
+        warned = f" --warned-after {seconds - lead_s(seconds):g}"
+    steps = [
+        "#!/bin/sh",
+        f"# The jobs of {request.name}. LSF says which one this is.",
+        f"cd {directory} || exit",  # LSF itself would go on in /tmp
+        "number=$((${LSB_JOBINDEX:-0} - 1))",
+        # Some take a list of numbers that they do not like for a part of a plain job's name.
+        '[ "$number" -ge 0 ] || { echo "LSF has taken the array as one plain job" >>job-0.log; exit 1; }',
+        'exec >>"job-$number.log" 2>&1 </dev/null',
+        f"cd {here} 2>/dev/null || echo {here} is not there on this host: the job runs in {directory}",
+        # The shell waits for the worker, which is told as well, and hands on its exit code.
+        "trap : INT TERM USR2",
+        *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
+        *options.get("setup", ()),
+        *options.get("pre_submission_commands", ()),
+        f'{shlex.quote(python)} -u -P -m fractal_runner.executors.batch {directory} "$number" '
+        '--id "${LSB_JOBID}[${LSB_JOBINDEX}]" --node "${LSB_HOSTS%% *}" '
+        f"--ended-by {_SIGNALS}{warned}",
+        "code=$?",
+        *options.get("teardown", ()),
+        'exit "$code"',
+    ]
+    return "\n".join(steps) + "\n"
+
+
+def _minutes(seconds: float) -> int:
+    return max(1, math.ceil(seconds / 60))
+
+
+def _gpus(request: ArrayRequest, options: Mapping[str, Any], dialect: Dialect) -> list[str]:
+    count = request.gpus or int(options.get("needs_gpu", False))
+    said = " ".join((*options.get("resource_requirements", ()), *options.get("bsub_extra", ())))
+    if not count or "gpu" in said:
+        return []
+    if dialect is not Dialect.IBM:
+        raise ValueError(
+            "this family of LSF has no option for GPUs: name the resource that your site has for them in "
+            '`resource_requirements`, "rusage[ngpus=1]"'
+        )
+    return ["-gpu", f"num={count}"]
