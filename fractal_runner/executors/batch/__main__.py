@@ -36,7 +36,10 @@ def main() -> None:
 
 
 def _signals(text: str) -> frozenset[int]:
-    return frozenset(signal.Signals[f"SIG{name}"] for name in text.split(","))
+    try:
+        return frozenset(signal.Signals[f"SIG{name}"] for name in text.split(","))
+    except KeyError as error:
+        raise argparse.ArgumentTypeError(f"there is no signal {error}") from None
 
 
 main()

@@ -121,7 +121,7 @@ def requirement(own: Sequence[str], *, excluded: Iterable[str] = (), memory: int
         It, in LSF's order of sections. One that is made of alternatives, `{…} || {…}`, is taken as it is: no
         part of it is everybody's.
     """
-    if alternatives := next((text for text in own if "{" in text or "||" in _outside(text)), None):
+    if alternatives := next((text for text in own if "{" in text), None):
         return alternatives
     sections: dict[str, list[str]] = {}
     for text in own:
