@@ -34,6 +34,7 @@ _STAMP = re.compile(
 )
 _RULE = re.compile(r"-{20,200}[ \t\r]{0,20}")
 _SUMMARY = "Summary of time"
+_OF_HISTORY = ", to Queue <"  # in bhist's line of the submission; bjobs has the queue in the header
 
 _USER = re.compile(r"\bUser <([^<>]{1,255})>")
 _STATUS = re.compile(r", Status <([A-Z]{2,12})>, ")
@@ -121,9 +122,7 @@ def _jobs(text: str) -> Iterator[tuple[re.Match[str], list[str]]]:
 
 def _unwrapped(text: str) -> Iterator[str]:
     raw = text.split("\n")
-    if not raw[-1].strip(
-        " "
-    ):  # the end of the last line, or blanks that may be the beginning of its other half
+    if not raw[-1].strip(" "):  # the last line has ended, or its other half begins and is cut off
         raw.pop()
     parts: list[str] = []
     for line in raw:
@@ -158,7 +157,7 @@ def _read_job(header: re.Match[str], lines: list[str]) -> Row | None:
         name = name.removesuffix(f"[{number}]")
     else:
         name, number = split_name(name)
-    who = "bjobs" if word else "bhist"
+    who = "bhist" if _OF_HISTORY in lines[first] else "bjobs"
     status = _status(life, word, who, set(_USER.findall(head)))
     return Row(header[1], number, name, status)
 
@@ -168,7 +167,7 @@ def _word_of_header(head: str, submission: str) -> str | None:
 
     A name or a command may have the like of it; `bhist` has none, and names the queue with the submission.
     """
-    if not submission.rstrip().endswith(";") or ", to Queue <" in submission:
+    if not submission.rstrip().endswith(";") or _OF_HISTORY in submission:
         return None
     found = _STATUS.findall(head)
     return found[0] if len(found) == 1 else None
@@ -267,7 +266,8 @@ def _status_of_the_ended(life: _Life, word: str, said: str, users: set[str]) -> 
         shown = " ".join(map(str, life.limits[limit]))
         detail = shortened(f"{detail} {limit} {shown}")
         return replace(status, reason=f"TERM_{limit}", cause=TERMS[f"TERM_{limit}"], detail=detail)
-    if life.is_whole and life.ends and all(map(_BARE.fullmatch, life.ends)):
+    ends = [event for event in life.ends if not event.startswith("TERM_")]
+    if life.is_whole and ends and all(map(_BARE.fullmatch, ends)):
         if life.is_started:
             return replace(status, reason=HOST_LOST, cause=Cause.NODE)
         return replace(status, cause=Cause.CANCELLED)  # killed while it waited: nothing else ends such a job

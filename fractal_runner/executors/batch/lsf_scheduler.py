@@ -18,6 +18,7 @@ from typing import Any
 from fractal_runner.errors import did_you_mean
 from fractal_runner.executors.batch import lsf_words as words
 from fractal_runner.executors.batch.commands import CommandAnswer, Commands, Run, parse_prefix
+from fractal_runner.executors.batch.lsf_long import read_long
 from fractal_runner.executors.batch.lsf_options import OPTIONS
 from fractal_runner.executors.batch.lsf_submission import (
     UNITS,
@@ -288,7 +289,7 @@ class LsfScheduler(Scheduler):
             answer = self._commands(*command, "-l", *some)
             if words.BUSY.search(answer.stderr) and not answer.stdout:
                 raise _no_answer(answer)
-            for row in words.read_long(answer.stdout):
+            for row in read_long(answer.stdout):
                 job = f"{row.array}[{row.index}]"
                 if row.name == jobs.get(job) and row.status.state is JobState.ENDED:
                     found[job] = row.status
