@@ -4,7 +4,7 @@
 # make clean  remove what these have made
 
 .DELETE_ON_ERROR:
-.PHONY: bench chaos clean demo docs lint test
+.PHONY: bench chaos clean compiled demo docs lint test
 
 # The first Python that is new enough; or say which: make demo PYTHON=/opt/python3.12/bin/python3
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
@@ -15,7 +15,7 @@ WORKERS ?= 2
 DEMO := examples/ihc_plate
 OUT := $(CURDIR)/$(DEMO)/out
 
-demo: .venv/.package .venv-tasks/.ready
+demo: .venv/.package .venv-tasks/.ready compiled
 	@mkdir -p $(OUT)
 	.venv-tasks/bin/python $(DEMO)/make_plate.py $(OUT)
 	.venv/bin/fractal-runner run $(DEMO)/workflow.json --dataset $(DEMO)/dataset.json \
@@ -24,16 +24,20 @@ demo: .venv/.package .venv-tasks/.ready
 	.venv-tasks/bin/python $(DEMO)/show_nuclei.py $(OUT)/dataset.json $(OUT)/plate.png
 
 # Four at a time, on two cores, too: half of the tests wait for a cluster.
-test: .venv/.dev .venv-tasks/.ready .venv-cpython/.ready lint
+test: .venv/.dev .venv-tasks/.ready .venv-cpython/.ready lint compiled
 	.ci/install-postgresql
 	.ci/install-slurm
 	.venv/bin/python -m pytest -n 4 --dist worksteal
 
 # Some of what the tests do ten times, a hundred times: an hour on two cores.
-chaos: .venv/.dev
+chaos: .venv/.dev compiled
 	.ci/install-slurm
 	FRACTAL_RUNNER_CHAOS_RUNS=100 FRACTAL_RUNNER_CHAOS_KILLS=12 \
 		.venv/bin/python -m pytest -n 2 --dist worksteal tests/history/test_kills.py
+
+# An installed package is compiled. This one is where it is edited, and each of its processes would do it.
+compiled: .venv/bin/python
+	@.venv/bin/python -m compileall -q fractal_runner
 
 lint: .venv/.dev
 	.venv/bin/ruff check .

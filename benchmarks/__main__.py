@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import compileall
 import importlib
 import sys
 from pathlib import Path
 
+import fractal_runner
 from benchmarks._report import Report, say
 from benchmarks._scratch import Scratch
 from fractal_runner.errors import did_you_mean
@@ -21,6 +23,7 @@ BENCHMARKS = {
     "loop": "how late the caller's event loop is with 10,000 units in flight",
     "executors": "what a call costs on our executors and on others, and how well slots are kept busy",
     "batch": "what a call costs on a batch executor whose jobs cost nothing, 100,000 of them",
+    "lsf": "calls on an emulated LSF, beside a bsub for each",
     "slurm": "calls on a real Slurm cluster, beside submitit and executorlib",
     "repeat": "the tests of executors, again and again: what fails now and then, and what is left behind",
 }
@@ -49,6 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
     for name in options.names:
         if name not in BENCHMARKS:
             parser.error(f"unknown benchmark {name!r}: {did_you_mean(name, BENCHMARKS)}")
+    # As an installed package is; where it is edited, each process would do it.
+    compileall.compile_dir(Path(fractal_runner.__file__).parent, quiet=1)
     options.json_dir.mkdir(parents=True, exist_ok=True)
     failed = False
     # One scratch for all of them, emptied at the very end: see its module.

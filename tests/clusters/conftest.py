@@ -1,3 +1,11 @@
 """The tests' own clusters, for the tests of them."""
 
+from tests.clusters.lsf.fixtures import (  # noqa: F401
+    ibm,
+    ibm_cluster,
+    lsf,
+    lsf_cluster,
+    openlava,
+    openlava_cluster,
+)
 from tests.clusters.slurm.fixtures import slurm_accounting_cluster, slurm_cluster  # noqa: F401

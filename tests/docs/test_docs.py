@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.clusters.lsf.fixtures import openlava_cluster  # noqa: F401
 from tests.clusters.slurm.fixtures import slurm_cluster  # noqa: F401
 
 TOP = Path(__file__).parent.parent.parent
 PAGES = [TOP / "README.md", *sorted((TOP / "docs").glob("*.md"))]
+CLUSTERS = {"clusters.md": "openlava_cluster", "lsf.md": "openlava_cluster", "slurm.md": "slurm_cluster"}
 BLOCK = re.compile(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -32,8 +34,8 @@ def test_the_python_on_the_page_runs_and_prints_what_the_page_says(
     page: Path, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = blocks(page)
-    if page.name == "slurm.md":
-        for name, value in request.getfixturevalue("slurm_cluster").env.items():
+    if page.name in CLUSTERS:
+        for name, value in request.getfixturevalue(CLUSTERS[page.name]).env.items():
             monkeypatch.setenv(name, value)
     for position, (kind, title, text) in enumerate(found):
         if kind != "python" or title is not None:

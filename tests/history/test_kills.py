@@ -6,17 +6,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.clusters.slurm import SlurmCluster
+from tests.clusters.lsf.fixtures import openlava_cluster  # noqa: F401
 from tests.clusters.slurm.fixtures import slurm_cluster  # noqa: F401
 from tests.history import chaos
 
 # `make chaos` asks for more of both.
 RUNS = int(os.environ.get("FRACTAL_RUNNER_CHAOS_RUNS", "10"))
 KILLS = int(os.environ.get("FRACTAL_RUNNER_CHAOS_KILLS", "5"))
-SLURM_RUNS = max(1, RUNS // 10)  # each job of a cluster takes its time to start
+CLUSTER_RUNS = max(1, RUNS // 10)  # each job of a cluster takes its time to start
 EXECUTORS = ["thread", "process", "fork", "spawn"]
 
 
@@ -32,23 +33,32 @@ def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(tmp_pat
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("seed", range(SLURM_RUNS))
+@pytest.mark.parametrize("seed", range(CLUSTER_RUNS))
+@pytest.mark.parametrize(
+    ("name", "fixture", "options"),
+    [("slurm", "slurm_cluster", {"mem": 100}), ("lsf", "openlava_cluster", {"memory": 100})],
+    ids=["slurm", "lsf"],
+)
 def test_over_a_cluster_no_unit_is_repeated_however_often_its_coordinator_is_killed(
     tmp_path: Path,
+    name: str,
+    fixture: str,
+    options: dict[str, Any],
     seed: int,
-    slurm_cluster: SlurmCluster,  # noqa: F811
+    request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name, value in slurm_cluster.env.items():
-        monkeypatch.setenv(name, value)
-    slurm_cluster.reset()
-    options = {"poll_interval": 1, "mem": 100}
-    run = chaos.KilledRun(tmp_path / "run", "slurm", seed, options=options, outlives=True, life_s=3)
+    cluster = request.getfixturevalue(fixture)
+    for variable, value in cluster.env.items():
+        monkeypatch.setenv(variable, value)
+    cluster.reset()
+    options = {"poll_interval": 1, **options}
+    run = chaos.KilledRun(tmp_path / "run", name, seed, options=options, outlives=True, life_s=3)
 
     run.run(KILLS)
 
     run.check()
-    slurm_cluster.reset()
+    cluster.reset()
 
 
 @pytest.mark.timeout(1200)

@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import pickle
-import platform
 import signal
 import sys
 import threading
@@ -28,7 +27,7 @@ import cloudpickle
 import fractal_runner
 from fractal_runner.errors import ExecutorError, JobExecutionError
 from fractal_runner.executors.batch.files import ArrayFiles, check_ours
-from fractal_runner.executors.batch.payload import Payload, StoredCall
+from fractal_runner.executors.batch.payload import PYTHON, Payload, StoredCall
 from fractal_runner.executors.batch.records import Kind, RecordLog, Tail
 from fractal_runner.executors.batch.scheduler import JobPlace
 from fractal_runner.executors.calls import Call, CallOptions
@@ -40,7 +39,6 @@ from fractal_runner.executors.local.workers import KeptForkWorker, Surroundings
 from fractal_runner.filesystems import is_shared
 from fractal_runner.worker.memory import oom_kills
 from fractal_runner.worker.processes import NODE_VARIABLE, host_name
-from fractal_runner.worker.spec import UnitResult
 
 OUT_OF_MEMORY = "OUT_OF_MEMORY"
 DONE, DRAINED, STOPPED = "done", "time is nearly over", "stopped"
@@ -394,6 +392,8 @@ def _is_good(message: memoryview) -> bool:
     """Whether it is the result of a call that nothing has come between, of a unit's as well."""
     if message[:1] != child.RESULT:
         return False
+    from fractal_runner.worker.spec import UnitResult  # rarely needed, and each job starts with this module
+
     try:
         result = pickle.loads(message[2:])
     except BaseException:  # unpickling runs the result's own code; whoever waits for it will see
@@ -416,9 +416,9 @@ def _told_who_killed(error: JobExecutionError, *, oom: bool) -> JobExecutionErro
 
 def _differences(header: dict[str, Any]) -> str:
     """In which versions this interpreter differs from the one that has pickled the calls."""
-    here = f"Python {platform.python_version()} and fractal_runner {fractal_runner.__version__}"
+    here = f"Python {PYTHON} and fractal_runner {fractal_runner.__version__}"
     there = f"Python {header['python']} and fractal_runner {header['package']}"
-    same_python = header["python"].split(".")[:2] == list(platform.python_version_tuple()[:2])
+    same_python = header["python"].split(".")[:2] == PYTHON.split(".")[:2]
     if same_python and header["package"] == fractal_runner.__version__:
         return ""
     return (

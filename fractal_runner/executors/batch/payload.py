@@ -17,7 +17,6 @@ import functools
 import json
 import os
 import pickle
-import platform
 import sys
 import time
 import zlib
@@ -31,6 +30,8 @@ from fractal_runner.executors.batch.files import open_ours, put, read_at
 
 _MAGIC = b"FRPAYLOAD2 "
 _START = len(_MAGIC) + 16 + 1 + 8 + 1
+
+PYTHON = ".".join(map(str, sys.version_info[:3]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +121,7 @@ def write_payload(
         pieces += head, body
         offset += len(head) + len(body)
     header = {
-        "python": platform.python_version(),
+        "python": PYTHON,
         "package": fractal_runner.__version__,
         "made": time.time(),
         "search": _own_search_path(),

@@ -1,3 +1,11 @@
-"""The clusters that tests of executors for Slurm run on."""
+"""The clusters that tests of batch executors run on."""
 
+from tests.clusters.lsf.fixtures import (  # noqa: F401
+    ibm,
+    ibm_cluster,
+    lsf,
+    lsf_cluster,
+    openlava,
+    openlava_cluster,
+)
 from tests.clusters.slurm.fixtures import slurm_accounting_cluster, slurm_cluster  # noqa: F401
