@@ -7,6 +7,8 @@ memory.oom_control of version 1).
 
 from __future__ import annotations
 
+import functools
+
 
 def oom_kills(proc: str = "/proc/self") -> int | None:
     """How many processes of our control group the kernel has ended for want of memory; None if unknown."""
@@ -22,7 +24,8 @@ def oom_kills(proc: str = "/proc/self") -> int | None:
     return None
 
 
-def _counters(proc: str) -> list[str]:
+@functools.cache  # a job asks for each of its calls, and stays in its group
+def _counters(proc: str) -> tuple[str, ...]:
     """The files that may have the count."""
     try:
         with open(f"{proc}/cgroup", encoding="utf-8", errors="surrogateescape") as file:
@@ -30,7 +33,7 @@ def _counters(proc: str) -> list[str]:
         with open(f"{proc}/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
             mounts = [line.split() for line in file]
     except OSError:
-        return []
+        return ()
     found = []
     for mount in mounts:
         kind, options = mount[mount.index("-") + 1], mount[-1].split(",")
@@ -44,4 +47,4 @@ def _counters(proc: str) -> list[str]:
                 found.append(f"{point}{below}/memory.oom_control")
             elif kind == "cgroup2" and not controllers:
                 found.append(f"{point}{below}/memory.events")
-    return found
+    return tuple(found)
