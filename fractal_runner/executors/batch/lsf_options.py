@@ -7,7 +7,7 @@ open ones of its families look at the last `-R` alone, so all that is asked for 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fractal_runner.executors.batch.options import (
@@ -21,19 +21,14 @@ from fractal_runner.executors.batch.options import (
     variables,
 )
 
-# Of bsub's own: what the executor says, as jobs could not be found or followed any more, and what has a name
+# Options that the executor says itself, as jobs could not be found or followed otherwise, or that have a name
 # among its arguments.
 _OURS = {
     "-J": "the array is found by its name",
     "-o": "what a job prints is in its log",
-    "-oo": "what a job prints is in its log",
     "-e": "what a job prints is in its log",
-    "-eo": "what a job prints is in its log",
     "-i": "a job reads nothing",
-    "-is": "a job reads nothing",
     "-I": "nobody waits at a terminal",
-    "-Ip": "nobody waits at a terminal",
-    "-Is": "nobody waits at a terminal",
     "-K": "bsub would wait for the job",
     "-h": "bsub would submit nothing",
     "-V": "bsub would submit nothing",
@@ -46,6 +41,23 @@ _OURS = {
     "-R": "say it by `resource_requirements`",
     "-r": "say it by `rerunnable`",
 }
+# IBM's longer options that begin as one of these, which take what follows for their value: "-q" and "-qlong".
+_LONGER = (
+    "-Jd",
+    "-We",
+    "-Wep",
+    "-Wp",
+    "-env",
+    "-eptl",
+    "-ep",
+    "-hl",
+    "-hostfile",
+    "-network",
+    "-notify",
+    "-outdir",
+    "-rn",
+    "-rnc",
+)
 _ORDER = ("select", "order", "rusage", "span", "same", "cu", "affinity")
 _SECTION = re.compile(rf"({'|'.join(_ORDER)})\s*\[([^\[\]]*)\]")
 _PTILE = re.compile(r"\bptile\s*=\s*(\d{1,6})")
@@ -57,8 +69,13 @@ def _bsub_arguments(value: Any) -> tuple[str, ...]:
     if words and not words[0].startswith("-"):
         raise ValueError(f"{words[0]!r} is no option: bsub would take it for the command to run")
     for word in words:
-        if why := _OURS.get(word):
-            raise ValueError(f"{word!r} is the executor's own to say: {why}")
+        if word in ("-", "--"):
+            raise ValueError(
+                f"{word!r} ends bsub's options: it would take what follows for the command to run"
+            )
+        own = _OURS.get(word) or (_OURS.get(word[:2]) if not word.startswith(_LONGER) else None)
+        if own:
+            raise ValueError(f"{word!r} is the executor's own to say: {own}")
     return words
 
 
@@ -66,9 +83,23 @@ def _requirements(value: Any) -> tuple[str, ...]:
     """LSF's resource requirements: a text, or several."""
     texts = names(value)
     for text in texts:
-        if text.count("[") != text.count("]"):
-            raise ValueError(f"{text!r} has a bracket without its other half")
+        depth = 0
+        for character in text:
+            depth += (character == "[") - (character == "]")
+            if depth not in (0, 1):
+                break
+        if depth:
+            raise ValueError(f"{text!r} has brackets that do not match")
     return tuple(filter(None, texts))
+
+
+def _hosts(value: Any) -> tuple[str, ...]:
+    """Hosts: "h1,h2", or a list of such."""
+    hosts = tuple(host for text in names(value) for host in re.split(r"[,\s]+", text) if host)
+    for host in hosts:
+        if not re.fullmatch(r"[\w.+-]+", host, re.ASCII):
+            raise ValueError(f'{host!r} is no host\'s name: LSF wants each of them by itself, "n1,n2"')
+    return hosts
 
 
 OPTIONS = OptionTable(
@@ -76,9 +107,9 @@ OPTIONS = OptionTable(
     {
         "bsub_extra": _bsub_arguments,
         "env": variables,
-        "exclude": names,
+        "exclude": _hosts,
         "needs_gpu": flag,
-        "nodelist": names,
+        "nodelist": _hosts,
         "pre_submission_commands": lines,
         "resource_requirements": _requirements,
         "setup": lines,
@@ -109,7 +140,7 @@ OPTIONS = OptionTable(
 )
 
 
-def requirement(own: Sequence[str], *, excluded: Iterable[str] = (), memory: int | None = None) -> str:
+def requirement(own: Sequence[str], *, excluded: Sequence[str] = (), memory: int | None = None) -> str:
     """One text of all that is required.
 
     Args:
@@ -123,29 +154,42 @@ def requirement(own: Sequence[str], *, excluded: Iterable[str] = (), memory: int
     """
     if alternatives := next((text for text in own if "{" in text), None):
         return alternatives
-    sections: dict[str, list[str]] = {}
-    for text in own:
-        for name, content in _SECTION.findall(text):
-            sections.setdefault(name, []).append(content.strip())
-        if rest := _outside(text):
-            sections.setdefault("select", []).append(rest)  # as LSF reads what has no section
-    sections.setdefault("select", []).extend(f"hname!={_quoted(name)}" for name in _hosts(excluded))
+    sections = _sections(own)
+    sections.setdefault("select", []).extend(f"hname!={_quoted(name)}" for name in excluded)
     if memory is not None and not any(re.search(r"\bmem\s*=", part) for part in sections.get("rusage", ())):
-        sections.setdefault("rusage", []).insert(0, f"mem={memory}")
+        reserved = f"mem={memory}"
+        usage = ",".join(sections.get("rusage", ()))
+        # Of `a || b` LSF takes one: each of them has to have it.
+        each = [f"{reserved},{part.strip()}" for part in usage.split("||")] if usage else [reserved]
+        sections["rusage"] = ["||".join(each)]
     sections.setdefault("span", ["hosts=1"])
     return " ".join(f"{name}[{_joined(name, sections[name])}]" for name in _ORDER if sections.get(name))
 
 
 def hosts_of(own: Sequence[str], cpus: int) -> int:
     """Over how many hosts such requirements spread these CPUs."""
+    spans = _sections(own).get("span")
+    found = _PTILE.search(spans[-1]) if spans else None
+    return -(-cpus // int(found[1])) if found and int(found[1]) else 1
+
+
+def asks_for_gpus(options: Mapping[str, Any]) -> bool:
+    """Whether options name GPUs by themselves, as a site has them."""
+    usage = ",".join(_sections(options.get("resource_requirements", ())).get("rusage", ()))
+    return (
+        "-gpu" in options.get("bsub_extra", ()) or re.search(r"(?:^|[\s,:|])\w*gpu\w*\s*=", usage) is not None
+    )
+
+
+def _sections(own: Sequence[str]) -> dict[str, list[str]]:
+    """What is required, by section."""
+    sections: dict[str, list[str]] = {}
     for text in own:
-        if (found := _PTILE.search(text)) and int(found[1]):
-            return -(-cpus // int(found[1]))
-    return 1
-
-
-def _outside(text: str) -> str:
-    return " ".join(_SECTION.sub(" ", text).split())
+        for name, content in _SECTION.findall(text):
+            sections.setdefault(name, []).append(content.strip())
+        if rest := " ".join(_SECTION.sub(" ", text).split()):
+            sections.setdefault("select", []).append(rest)  # as LSF reads what has no section
+    return sections
 
 
 def _joined(name: str, parts: Sequence[str]) -> str:
@@ -154,14 +198,5 @@ def _joined(name: str, parts: Sequence[str]) -> str:
     return ",".join(parts) if name == "rusage" else parts[-1]
 
 
-def _hosts(names: Iterable[str]) -> list[str]:
-    return [host for text in names for host in re.split(r"[,\s]+", text) if host]
-
-
 def _quoted(name: str) -> str:
-    return name if re.fullmatch(r"\w+", name, re.ASCII) else f"'{name}'"
-
-
-def host_names(options: Mapping[str, Any]) -> list[str]:
-    """The hosts that a job may have, as `-m` takes them."""
-    return _hosts(options.get("nodelist", ()))
+    return name if re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII) else f"'{name}'"

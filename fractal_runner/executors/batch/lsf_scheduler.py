@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from fractal_runner.executors.batch.commands import CommandAnswer, Commands, Run
 from fractal_runner.executors.batch.lsf_long import read_long
 from fractal_runner.executors.batch.lsf_options import OPTIONS
 from fractal_runner.executors.batch.lsf_submission import (
+    SETTINGS,
     UNITS,
     MemoryPer,
     MemoryTerms,
@@ -45,13 +47,10 @@ _HINT = (
     "is this a login node of LSF? Read its profile there (`. <top>/conf/profile.lsf`), or say by "
     "`bsub_cmd`, `bjobs_cmd`, `bkill_cmd` and `command_prefix` where its commands are."
 )
-# One attempt: whoever asks has time, and asks again. Without it a command waits for the daemons for ever.
-_SETTINGS = {"LSB_NTRIES": "1", "LC_ALL": "C"}
 # They change what commands print, for people.
 _UNSET = ("BSUB_QUIET", "BSUB_QUIET2", "BSUB_STDERR", "LSB_BJOBS_FORMAT", "LSB_DISPLAY_YEAR")
 _ELEMENT = re.compile(r"(\d{1,18})\[(\d{1,9})\]", re.ASCII)
-_UNIT_OF_SITE = re.compile(r"^\s*LSF_UNIT_FOR_LIMITS\s*=\s*[\"']?([KMGTPE]B)\b", re.MULTILINE)
-_NO_JOBS = re.compile(r"\bNo (?:\w+ )?job found", re.IGNORECASE)
+_UNIT_OF_SITE = re.compile(r"^\s*LSF_UNIT_FOR_LIMITS\s*=\s*[\"']?([KMGTPE])B?\b", re.MULTILINE)
 _NOT_AN_ARRAY = "NOT_AN_ARRAY"
 
 
@@ -125,9 +124,11 @@ class LsfScheduler(Scheduler):
         self._rerunnable = rerunnable
         self._python = sys.executable if python is None else python
         self._commands = Commands(
-            *(parse_prefix(command_prefix), command_timeout, run, _HINT), settings=_SETTINGS, unset=_UNSET
+            *(parse_prefix(command_prefix), command_timeout, run, _HINT), settings=SETTINGS, unset=_UNSET
         )
-        self._bsub, self._bjobs, self._bkill = map(parse_prefix, (bsub_cmd, bjobs_cmd, bkill_cmd))
+        self._bsub = _command("bsub_cmd", bsub_cmd)
+        self._bjobs = _command("bjobs_cmd", bjobs_cmd)
+        self._bkill = _command("bkill_cmd", bkill_cmd)
         self._max_array = _MAX_ARRAY if max_array is None else max_array
         self._asking = threading.Lock()  # guards the next one
         self._dialect: words.Dialect | None = None
@@ -139,21 +140,28 @@ class LsfScheduler(Scheduler):
         return self._max_array
 
     @property
-    def dialect(self) -> words.Dialect:
-        """Which family's LSF it is; what both understand, as long as that cannot be found out."""
+    def dialect(self) -> words.Dialect | None:
+        """Which family's LSF it is; None as long as it does not answer."""
         with self._asking:
             if self._dialect is None:
                 self._dialect = self._find_dialect()
-            return self._dialect or words.Dialect.OPENLAVA
+            return self._dialect
 
     def check(self, extra: Mapping[str, Any]) -> Mapping[str, Any]:
         return OPTIONS.parse(extra)
 
     def submit(self, request: ArrayRequest) -> Sequence[str]:
         options = OPTIONS.merge(self._defaults, request.extra)
-        said = bsub_words(
-            request, options, dialect=self.dialect, memory=self._memory(), rerunnable=self._rerunnable
-        )
+        dialect = self.dialect
+        is_needed = request.gpus or (request.memory is not None and self._unit is None)
+        if dialect is None and (is_needed or options.get("needs_gpu")):
+            raise SchedulerError(
+                "LSF does not say which LSF it is, and so neither in what units it counts memory, nor "
+                "how it has GPUs asked for"
+            )
+        dialect = dialect or words.Dialect.OPENLAVA
+        memory = self._memory(dialect)
+        said = bsub_words(request, options, dialect=dialect, memory=memory, rerunnable=self._rerunnable)
         try:
             line = write_script(request, options, python=self._python)
         except OSError as error:
@@ -170,23 +178,25 @@ class LsfScheduler(Scheduler):
 
     def find(self, request: ArrayRequest) -> Sequence[Sequence[str]]:
         # Not by name: whether an array has that of its elements differs.
-        answer = self._ask("-a")
-        rows = self._read(answer)
-        if not rows and not _NO_JOBS.search(answer.text):
-            raise _no_answer(answer)
+        rows, answer = self._ask("-a")
         arrays = {row.array for row in rows if _is_of(row, request.name)}
+        says_none = bool(rows) or words.NO_JOBS.search(answer.text)
+        is_whole = not words.BUSY.search(answer.text) and request.name not in answer.stdout
+        if not arrays and not (says_none and is_whole):
+            raise _no_answer(answer)
         return [self._ids(array, request) for array in sorted(arrays, key=int)]
 
     def states(self, jobs: Mapping[str, str]) -> Mapping[str, JobStatus]:
         found: dict[str, JobStatus] = {}
-        arrays = {_array_of(job): name for job, name in jobs.items()}
-        for some in _chunks(list(arrays), _ARRAYS_PER_COMMAND):
-            answer = self._ask(*some)
-            rows = self._read(answer)
-            unknown = words.read_unknown(answer.text)
-            if not rows and not unknown and not _NO_JOBS.search(answer.text):
-                raise _no_answer(answer)
-            found |= self._statuses(rows, unknown, jobs, set(some))
+        arrays = list(dict.fromkeys(map(_array_of, jobs)))
+        for some in _chunks(arrays, _ARRAYS_PER_COMMAND):
+            asked = {job: name for job, name in jobs.items() if _array_of(job) in set(some)}
+            found |= self._states(some, asked)
+        # Elements of which nothing is said may have been forgotten, each by itself: that is said if one asks.
+        missing = {job: name for job, name in jobs.items() if job not in found}
+        for some in _chunks(list(_spans(missing)), _WORDS_PER_COMMAND):
+            with suppress(SchedulerError):  # others are known
+                found |= self._states(some, missing)
         return found
 
     def explain(self, jobs: Mapping[str, str]) -> Mapping[str, JobStatus]:
@@ -194,22 +204,27 @@ class LsfScheduler(Scheduler):
         # bhist reads files, and knows who has killed a job, and jobs that bjobs has forgotten.
         unclear = {job: name for job, name in jobs.items() if _may_be_explained(found.get(job))}
         if unclear:
+            try:
+                told = self._long(self._beside_bjobs("bhist"), unclear)
+            except SchedulerError:
+                if not found:
+                    raise
+                told = {}  # what bjobs has said is worth more than to ask both again
             found |= {
-                job: status
-                for job, status in self._long(self._beside_bjobs("bhist"), unclear).items()
-                if job not in found or status.cause is not None
+                job: status for job, status in told.items() if job not in found or status.cause is not None
             }
         return found
 
     def cancel(self, jobs: Mapping[str, str]) -> None:
-        jobs = self._without_others(jobs)
-        for some in _chunks(
-            list(_spans(jobs)), _WORDS_PER_COMMAND
-        ):  # never none: bkill would take the last job
+        refusals = []
+        chosen = list(_spans(self._without_others(jobs)))
+        for some in _chunks(chosen, _WORDS_PER_COMMAND):  # never none: bkill would take the last job
             answer = self._commands(*self._bkill, *some)
             said = words.cleaned(answer.stderr).splitlines()
             if answer.returncode and not (said and all(map(words.NOTHING_TO_KILL.search, said))):
-                answer.expect_success()
+                refusals.append(answer)
+        for answer in refusals:  # the others are ended, whatever one of them says
+            answer.expect_success()
 
     def _find_dialect(self) -> words.Dialect | None:
         for command in (self._beside_bjobs("lsid"), (*self._bjobs, "-V")):
@@ -223,13 +238,14 @@ class LsfScheduler(Scheduler):
 
     def _beside_bjobs(self, program: str) -> tuple[str, ...]:
         """A command of LSF's that has no setting of its own."""
-        *before, bjobs = self._bjobs
-        return *before, str(Path(bjobs).with_name(program))
+        for place, word in enumerate(self._bjobs):
+            if Path(word).name == "bjobs":
+                return *self._bjobs[:place], str(Path(word).with_name(program))
+        return (program,)
 
-    def _memory(self) -> MemoryTerms:
+    def _memory(self, dialect: words.Dialect) -> MemoryTerms:
         unit = self._unit or self._unit_of_site()
-        is_ibm = self.dialect is words.Dialect.IBM
-        limit_unit = UNITS["KB" if is_ibm else "MB"]
+        limit_unit = UNITS["KB" if dialect is words.Dialect.IBM else "MB"]
         return MemoryTerms(unit or limit_unit, unit or UNITS["MB"], self._per)
 
     def _unit_of_site(self) -> int | None:
@@ -240,56 +256,58 @@ class LsfScheduler(Scheduler):
             found = _UNIT_OF_SITE.findall((Path(directory) / "lsf.conf").read_text(errors="replace"))
         except OSError:
             return None
-        return UNITS[found[-1]] if found else None
+        return UNITS[f"{found[-1]}B"] if found else None
 
     def _ids(self, array: str, request: ArrayRequest) -> list[str]:
         self._known[array] = request.name
         return [f"{array}[{index}]" for index in range(1, request.count + 1)]
 
-    def _ask(self, *said: str) -> CommandAnswer:
+    def _ask(self, *said: str) -> tuple[list[words.Row], CommandAnswer]:
         """What bjobs says. Its exit code says nothing: sites and versions differ in it."""
         is_ibm = self.dialect is words.Dialect.IBM
         form = ("-noheader", "-o", words.FIELDS) if is_ibm else ("-w",)
         answer = self._commands(*self._bjobs, *form, *said)
         if answer.is_missing:
             answer.expect_success()
-        return answer
+        return (words.read_fields if is_ibm else words.read_bjobs)(answer.stdout), answer
 
-    def _read(self, answer: CommandAnswer) -> list[words.Row]:
-        is_ibm = self.dialect is words.Dialect.IBM
-        return words.read_fields(answer.stdout) if is_ibm else words.read_bjobs(answer.stdout)
-
-    def _statuses(
-        self,
-        rows: Sequence[words.Row],
-        unknown: Collection[str],
-        jobs: Mapping[str, str],
-        asked: Collection[str],
-    ) -> Iterator[tuple[str, JobStatus]]:
-        """What an answer says of the jobs of the arrays that it was asked about."""
+    def _states(self, said: Sequence[str], jobs: Mapping[str, str]) -> dict[str, JobStatus]:
+        """What bjobs says of these jobs, if it is asked in these words."""
+        rows, answer = self._ask(*said)
+        unknown = words.read_unknown(answer.text)
+        has_none = not rows and words.NO_JOBS.search(answer.text)
+        if not (rows or unknown or has_none):
+            raise _no_answer(answer)
         by_id = {f"{row.array}[{row.index}]": row for row in rows if row.index is not None}
         plain = {row.array: row for row in rows if row.index is None}
-        for job, name in jobs.items():
+        names = {_array_of(job): name for job, name in jobs.items()}
+        others = {row.array: row.name for row in rows if not _is_of(row, names.get(row.array, row.name))}
+        found = {}
+        for job in jobs:
             array = _array_of(job)
-            if array not in asked:
-                continue
-            row = by_id.get(job) or plain.get(array)
-            if row is not None and not _is_of(row, name):
-                yield job, JobStatus(JobState.LOST, detail=f"LSF has given its id to {row.name!r}")
-            elif row is not None:
-                self._known[array] = name
-                yield job, row.status if row.index is not None else _not_an_array(row)
-            elif array in unknown or job in unknown:
-                yield job, JobStatus(JobState.LOST, detail="LSF does not know it")
+            if array in others:
+                self._known.pop(array, None)
+                found[job] = JobStatus(JobState.LOST, detail=f"LSF has given its id to {others[array]!r}")
+            elif (row := by_id.get(job)) is not None:
+                self._known[array] = names[array]
+                found[job] = row.status
+            elif (row := plain.get(array)) is not None:
+                found[job] = _not_an_array(row)
+            elif has_none or array in unknown or job in unknown:
+                found[job] = JobStatus(JobState.LOST, detail="LSF does not know it")
+        return found
 
     def _long(self, command: Sequence[str], jobs: Mapping[str, str]) -> dict[str, JobStatus]:
         """How jobs have ended, as a command tells at length; nothing of those of which it does not."""
         found = {}
         for some in _chunks(list(_spans(jobs)), _WORDS_PER_COMMAND):
             answer = self._commands(*command, "-l", *some)
-            if words.BUSY.search(answer.stderr) and not answer.stdout:
+            if answer.is_missing:
+                answer.expect_success()
+            rows = read_long(answer.stdout)
+            if not (rows or words.read_unknown(answer.text) or words.NO_JOBS.search(answer.text)):
                 raise _no_answer(answer)
-            for row in read_long(answer.stdout):
+            for row in rows:
                 job = f"{row.array}[{row.index}]"
                 if row.name == jobs.get(job) and row.status.state is JobState.ENDED:
                     found[job] = row.status
@@ -309,11 +327,20 @@ class LsfScheduler(Scheduler):
 
 
 def _chosen(name: str, value: Any, known: Collection[str]) -> Any:
-    if value not in known:
-        raise ValueError(
-            f"{name}: {value!r} is none of {', '.join(known)}: {did_you_mean(str(value), known)}"
-        )
-    return value
+    if value in known:
+        return value
+    # Units are all in capitals: whoever writes "mb" means one of them.
+    word = str(value).upper() if all(map(str.isupper, known)) else str(value)
+    near = did_you_mean(word, known)
+    hint = f": {near}" if near.startswith("did") else ""
+    raise ValueError(f"{name}: {value!r} is none of {', '.join(known)}{hint}")
+
+
+def _command(name: str, value: str | Sequence[str]) -> tuple[str, ...]:
+    command = parse_prefix(value)
+    if not command or not all(command):
+        raise ValueError(f"{name}: {value!r} names no command")
+    return command
 
 
 def _array_of(job: str) -> str:
@@ -341,7 +368,7 @@ def _may_be_explained(status: JobStatus | None) -> bool:
 
 
 def _no_answer(answer: CommandAnswer) -> SchedulerError:
-    said = words.cleaned(answer.text) or answer.text.strip() or "nothing at all"
+    said = words.cleaned(answer.text) or "nothing at all"
     return SchedulerError(f"{answer.program} gave no answer, but said: {said}")
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fractal_runner.executors.batch.files import put
-from fractal_runner.executors.batch.lsf_options import host_names, hosts_of, requirement
+from fractal_runner.executors.batch.lsf_options import asks_for_gpus, hosts_of, requirement
 from fractal_runner.executors.batch.lsf_words import Dialect
 from fractal_runner.executors.batch.options import one_line
 from fractal_runner.executors.batch.packing import lead_s
@@ -29,6 +29,8 @@ MemoryPer = Literal["job", "host", "task"]
 UNITS: dict[str, int] = {
     name: 1024**power for power, name in enumerate(("KB", "MB", "GB", "TB", "PB", "EB"), 1)
 }
+# For our own commands: one attempt, as whoever asks has time, and asks again; and in no other language.
+SETTINGS = {"LSB_NTRIES": "1", "LC_ALL": "C"}
 _SCRIPT = "job.sh"
 _SIGNALS = "INT,TERM,USR2"  # bkill's, in that order, and what a job gets whose time is up
 
@@ -81,7 +83,7 @@ def bsub_words(
     for option, value in (("-q", request.queue), ("-P", request.account)):
         if value is not None:
             words += [option, one_line(value)]
-    if hosts := host_names(options):
+    if hosts := options.get("nodelist"):
         words += ["-m", " ".join(hosts)]
     if rerunnable:
         words.append("-r")
@@ -121,24 +123,35 @@ def _script(request: ArrayRequest, options: Mapping[str, Any], python: str, plac
         "#!/bin/sh",
         f"# The jobs of {request.name}. LSF says which one this is.",
         f"cd {directory} || exit",  # LSF itself would go on in /tmp
-        "number=$((${LSB_JOBINDEX:-0} - 1))",
+        # Kept before anybody's lines: these may have variables of any name but ours.
+        "_fr_number=$((${LSB_JOBINDEX:-0} - 1))",
+        '_fr_id="${LSB_JOBID}[${LSB_JOBINDEX}]"',
+        '_fr_node="${LSB_HOSTS%% *}"',
         # Some take a list of numbers that they do not like for a part of a plain job's name.
-        '[ "$number" -ge 0 ] || { echo "LSF has taken the array as one plain job" >>job-0.log; exit 1; }',
-        'exec >>"job-$number.log" 2>&1 </dev/null',
+        '[ "$_fr_number" -ge 0 ] || { echo "LSF has taken the array as one plain job" >>job-0.log; exit 1; }',
+        'exec >>"job-$_fr_number.log" 2>&1 </dev/null',
         f"cd {here} 2>/dev/null || echo {here} is not there on this host: the job runs in {directory}",
         # The shell waits for the worker, which is told as well, and hands on its exit code.
         "trap : INT TERM USR2",
+        *_restored(),
         *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
         *options.get("setup", ()),
         *options.get("pre_submission_commands", ()),
-        f'{shlex.quote(python)} -u -P -m fractal_runner.executors.batch {directory} "$number" '
-        '--id "${LSB_JOBID}[${LSB_JOBINDEX}]" --node "${LSB_HOSTS%% *}" '
-        f"--ended-by {_SIGNALS}{warned}",
-        "code=$?",
+        f'{shlex.quote(python)} -u -P -m fractal_runner.executors.batch {directory} "$_fr_number" '
+        f'--id "$_fr_id" --node "$_fr_node" --ended-by {_SIGNALS}{warned}',
+        "_fr_code=$?",
         *options.get("teardown", ()),
-        'exit "$code"',
+        'exit "$_fr_code"',
     ]
     return "\n".join(steps) + "\n"
+
+
+def _restored() -> list[str]:
+    """Lines that take back what bsub was told for itself: it gives its own environment to the jobs."""
+    return [
+        f"export {name}={shlex.quote(os.environ[name])}" if name in os.environ else f"unset {name}"
+        for name in SETTINGS
+    ]
 
 
 def _minutes(seconds: float) -> int:
@@ -147,8 +160,7 @@ def _minutes(seconds: float) -> int:
 
 def _gpus(request: ArrayRequest, options: Mapping[str, Any], dialect: Dialect) -> list[str]:
     count = request.gpus or int(options.get("needs_gpu", False))
-    said = " ".join((*options.get("resource_requirements", ()), *options.get("bsub_extra", ())))
-    if not count or "gpu" in said:
+    if not count or asks_for_gpus(options):
         return []
     if dialect is not Dialect.IBM:
         raise ValueError(

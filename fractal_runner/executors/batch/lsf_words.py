@@ -120,6 +120,9 @@ NOT_REFUSED = re.compile(
     )
 )
 
+# What is said of all that was asked for, if there is nothing of it.
+NO_JOBS = re.compile(r"\bNo (?:\w{1,20} )?job found", re.IGNORECASE)
+
 # What bkill says of jobs that need not be killed (any more).
 NOTHING_TO_KILL = re.compile(
     r"Job has already (?:finished|ended)"

@@ -187,7 +187,15 @@ def test_bhist_tells_of_jobs_that_bjobs_has_forgotten() -> None:
     assert LsfScheduler(run=run).explain(named("12[1]", "12[2]")).keys() == {"12[1]"}
 
 
-@pytest.mark.parametrize("bhist", [(255, "No matching job found\n", ""), (0, "", ""), None])
+@pytest.mark.parametrize(
+    "bhist",
+    [
+        (255, "No matching job found\n", ""),
+        (0, "", ""),
+        (0, long("12[1]", "fr-1", CODE_3, status=None), ""),  # of a run before, it may be
+        None,
+    ],
+)
 def test_what_bjobs_has_told_stays_if_bhist_tells_no_more(bhist: Answer) -> None:
     run = Recorded(bjobs_long=(0, long("12[1]", "fr-1", CODE_130), ""), bhist=bhist)
     assert LsfScheduler(run=run).explain(named("12[1]"))["12[1]"].returncode == -2

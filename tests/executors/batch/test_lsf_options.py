@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fractal_runner.executors.batch.lsf_options import OPTIONS, host_names, hosts_of, requirement
+from fractal_runner.executors.batch.lsf_options import OPTIONS, hosts_of, requirement
 
 ALTERNATIVES = "{select[type==X] rusage[mem=5]} || {select[type==Y]}"
 COMPOUND = "1*{select[bigmem] rusage[mem=9]} + 3*{span[ptile=1]}"
@@ -32,7 +32,7 @@ TAKEN: list[tuple[str, Any, Any]] = [
     ("bsub_extra", ["-app", "chem"], ("-app", "chem")),
     ("bsub_extra", ["-G", "team", "-sla", "a b;c"], ("-G", "team", "-sla", "a b;c")),
     ("env", {"A": 5, "B_": " x y "}, {"A": "5", "B_": "x y"}),
-    ("exclude", "n1,n2", ("n1,n2",)),
+    ("exclude", "n1,n2", ("n1", "n2")),
     ("exclude", ["n1", " n2 "], ("n1", "n2")),
     ("needs_gpu", True, True),
     ("nodelist", ["n1", "n2"], ("n1", "n2")),
@@ -96,8 +96,12 @@ def test_options_that_say_nothing_are_left_out() -> None:
         ({"setup": "x"}, ValueError, "setup: 'x' is not a list of lines"),
         ({"teardown": ["x\ny"]}, ValueError, r"teardown: 'x\\ny' is not a line of text"),
         ({"pre_submission_commands": {"x": 1}}, ValueError, "is not a list of lines"),
-        ({"resource_requirements": "select[a"}, ValueError, r"'select\[a' has a bracket without its other"),
-        ({"resource_requirements": ["a]", "[b"]}, ValueError, r"resource_requirements: 'a\]' has a bracket"),
+        ({"resource_requirements": "select[a"}, ValueError, r"'select\[a' has brackets that do not match"),
+        (
+            {"resource_requirements": ["a]", "[b"]},
+            ValueError,
+            r"resource_requirements: 'a\]' has brackets that do not",
+        ),
         ({"resource_requirements": "a\nb"}, ValueError, "is not a line of text"),
         ({"resource_requirements": 5}, ValueError, "5 is not a line of text"),
     ],
@@ -204,13 +208,13 @@ def test_what_only_one_of_them_says_counts() -> None:
         ([], {"excluded": ["n1"]}, "select[hname!=n1] span[hosts=1]"),
         (
             [],
-            {"excluded": ["n1,n2", "n3 n4"]},
+            {"excluded": ["n1", "n2", "n3", "n4"]},
             "select[(hname!=n1) && (hname!=n2) && (hname!=n3) && (hname!=n4)] span[hosts=1]",
         ),
         ([], {"excluded": ["n-1.site.org"]}, "select[hname!='n-1.site.org'] span[hosts=1]"),
         ([], {"excluded": ["ñ1"]}, "select[hname!='ñ1'] span[hosts=1]"),
         (["select[a||b]"], {"excluded": ["n1"]}, "select[(a||b) && (hname!=n1)] span[hosts=1]"),
-        (["select[a||b]"], {"excluded": [" , "]}, "select[a||b] span[hosts=1]"),
+        (["select[a||b]"], {"excluded": []}, "select[a||b] span[hosts=1]"),
     ],
 )
 def test_requirements_become_one_text(own: list[str], more: dict[str, Any], text: str) -> None:
@@ -242,8 +246,8 @@ def test_over_how_many_hosts_a_job_is_spread(own: list[str], cpus: int, hosts: i
 
 
 def test_hosts_to_have_are_taken_apart() -> None:
-    assert host_names(OPTIONS.parse({"nodelist": ["n1,n2", "n3 n4", ","]})) == ["n1", "n2", "n3", "n4"]
-    assert host_names({}) == []
+    assert OPTIONS.parse({"nodelist": ["n1,n2", "n3 n4", ","]})["nodelist"] == ("n1", "n2", "n3", "n4")
+    assert OPTIONS.parse({"nodelist": ","}) == {}
 
 
 # Whatever comes in.
