@@ -133,8 +133,12 @@ NOTHING_TO_KILL = re.compile(
     r"|Job <[^<>]{1,200}> is not found"
 )
 
-# bjobs -o: the fields of a row, by IBM's names. The name is the last one, as it may hold anything.
-FIELDS = "jobid jobindex stat exit_code exit_reason exec_host max_mem job_name delimiter='^'"
+# bjobs -o: the fields of a row, by IBM's names, with widths: its own are as narrow as seven digits of an id.
+# The name is the last one, as it may hold anything.
+FIELDS = (
+    "jobid:20 jobindex:10 stat:8 exit_code:10 exit_reason:150 exec_host:255 max_mem:20 job_name:255 "
+    "delimiter='^'"
+)
 _FIELD_COUNT = 8
 
 # Signals as Linux numbers them, which is what the hosts run, wherever this is read. Those in real time,
