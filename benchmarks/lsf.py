@@ -75,8 +75,7 @@ def run(report: Report, scratch: Scratch) -> None:
 
 def _tell(report: Report, dialect: str, taken: Mapping[str, list[dict[str, Any]]]) -> None:
     report.table(
-        f"{CALLS:,} calls that do nothing, on four hosts of four slots of this machine, {dialect}: medians of "
-        f"{REPETITIONS}",
+        f"{CALLS:,} calls that do nothing, on four hosts of four slots, {dialect}: medians of {REPETITIONS}",
         ["", "in all", "a call", "jobs", *_COMMANDS],
         [
             [

@@ -71,10 +71,13 @@ def check(name: str, options: Mapping[str, Any] | None = None) -> None:
     Raises:
         ValueError: if the name or an option is unknown, naming the nearest known one.
     """
-    known = [option for option in _parameters(class_of(name)) if option not in _NOT_BY_NAME]
+    chosen = class_of(name)
+    known = [option for option in _parameters(chosen) if option not in _NOT_BY_NAME]
+    others: Mapping[str, str] = getattr(chosen, "other_words", {})
     for option in options or ():
         if option not in known:
-            raise ValueError(f"unknown option {option!r} of executor {name!r}: {did_you_mean(option, known)}")
+            hint = f"it is {others[option]!r}" if option in others else did_you_mean(option, known)
+            raise ValueError(f"unknown option {option!r} of executor {name!r}: {hint}")
 
 
 def make(name: str, options: Mapping[str, Any] | None = None) -> Executor:

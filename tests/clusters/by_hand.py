@@ -1,4 +1,4 @@
-"""Clusters to try things on by hand: `python -m tests.clusters.NAME start|stop|shell`, from the project's top.
+"""Clusters to try things on by hand: `python -m tests.clusters.NAME start|stop|shell`, from the top.
 
 One runs until it is stopped; each user of the machine can have one of each kind.
 """

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -18,6 +17,7 @@ from tests.history import chaos
 RUNS = int(os.environ.get("FRACTAL_RUNNER_CHAOS_RUNS", "10"))
 KILLS = int(os.environ.get("FRACTAL_RUNNER_CHAOS_KILLS", "5"))
 CLUSTER_RUNS = max(1, RUNS // 10)  # each job of a cluster takes its time to start
+CLUSTERS = {"slurm": ("slurm_cluster", "mem"), "lsf": ("openlava_cluster", "memory")}
 EXECUTORS = ["thread", "process", "fork", "spawn"]
 
 
@@ -34,25 +34,16 @@ def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(tmp_pat
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("seed", range(CLUSTER_RUNS))
-@pytest.mark.parametrize(
-    ("name", "fixture", "options"),
-    [("slurm", "slurm_cluster", {"mem": 100}), ("lsf", "openlava_cluster", {"memory": 100})],
-    ids=["slurm", "lsf"],
-)
+@pytest.mark.parametrize("name", CLUSTERS)
 def test_over_a_cluster_no_unit_is_repeated_however_often_its_coordinator_is_killed(
-    tmp_path: Path,
-    name: str,
-    fixture: str,
-    options: dict[str, Any],
-    seed: int,
-    request: pytest.FixtureRequest,
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, name: str, seed: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    fixture, memory = CLUSTERS[name]
     cluster = request.getfixturevalue(fixture)
     for variable, value in cluster.env.items():
         monkeypatch.setenv(variable, value)
     cluster.reset()
-    options = {"poll_interval": 1, **options}
+    options = {"poll_interval": 1, memory: 100}
     run = chaos.KilledRun(tmp_path / "run", name, seed, options=options, outlives=True, life_s=3)
 
     run.run(KILLS)

@@ -22,15 +22,14 @@ def main() -> None:
     parser.add_argument("--node", help="as the scheduler calls it")
     parser.add_argument("--ended-by", type=_signals, default=frozenset({signal.SIGTERM}), metavar="TERM,INT")
     parser.add_argument("--warned-by", type=_signals, default=frozenset(), metavar="USR2")
-    parser.add_argument("--warned-after", type=float, metavar="SECONDS")
+    parser.add_argument("--warned-at", type=float, metavar="EPOCH")
     said = parser.parse_args()
     place = JobPlace(
         id=said.id,
-        restart=None,
         node=said.node or host_name(),
         ended_by=said.ended_by,
         warned_by=said.warned_by,
-        warned_after=said.warned_after,
+        warned_at=said.warned_at,
     )
     run_job(said.directory, said.number, place)
 

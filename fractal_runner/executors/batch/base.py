@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypedDict
+from typing import Any, ClassVar, TypedDict, get_type_hints
 
 from fractal_runner.errors import ExecutorError
 from fractal_runner.executors.base import Executor, View, info_of
@@ -101,6 +101,8 @@ class BatchExecutor(Executor):
     kills = True
     is_remote = True
     packs = True
+    # Arguments of others, each with what it is called here.
+    other_words: ClassVar[Mapping[str, str]] = {}
 
     def __init__(
         self,
@@ -132,12 +134,12 @@ class BatchExecutor(Executor):
         name: str | None = None,
         context: Mapping[str, Any] | None = None,
     ) -> None:
-        jobs = MAX_JOBS if max_jobs is None else _parsed("max_jobs", parse_count, max_jobs)
+        jobs = MAX_JOBS if max_jobs is None else parsed("max_jobs", parse_count, max_jobs)
         at_a_time = jobs * (parallel_calls_per_job or 1) if max_workers is None else max_workers
         super().__init__(max_workers=at_a_time, name=name, context=context)
         chosen = {"cpus": cpus, "gpus": gpus, "time": time, "queue": queue, "account": account}
         if memory is not None:
-            chosen["memory"] = f"{_parsed('memory', parse_size, memory)}B"
+            chosen["memory"] = f"{parsed('memory', parse_size, memory)}B"
         self._options = self._options.replaced(**{n: v for n, v in chosen.items() if v is not None})
         self._packing = Packing.of(
             calls_per_job=calls_per_job,
@@ -152,12 +154,12 @@ class BatchExecutor(Executor):
         limits = Limits(
             max_workers=sys.maxsize if max_workers is None else self.max_workers,
             max_jobs=jobs,
-            max_array=None if max_array is None else _parsed("max_array", parse_count, max_array),
+            max_array=None if max_array is None else parsed("max_array", parse_count, max_array),
             max_time=_optional("max_time", max_time),
-            poll_interval=_parsed("poll_interval", parse_time, poll_interval),
+            poll_interval=parsed("poll_interval", parse_time, poll_interval),
             pending_timeout=_optional("pending_timeout", pending_timeout),
             grace=_optional("grace", grace),
-            submission_timeout=_parsed("submission_timeout", parse_time, submission_timeout),
+            submission_timeout=parsed("submission_timeout", parse_time, submission_timeout),
         )
         self.scheduler = scheduler
         # Not a method of this object: the manager, which has it, must not keep this object from being let go.
@@ -179,6 +181,17 @@ class BatchExecutor(Executor):
         self._attached: weakref.WeakValueDictionary[str, Future[Any]] = weakref.WeakValueDictionary()
         wait_at_exit(self._manager)
         close_when_gone(self, self._manager)
+
+    @classmethod
+    def _check_words(cls, options: Mapping[str, Any]) -> None:
+        """Whether these are all arguments that batch executors take, whatever their schedulers are called.
+
+        Raises:
+            TypeError: if one is not, naming what it may have been meant for.
+        """
+        for name in options.keys() - get_type_hints(BatchOptions):
+            hint = f"it is `{said}`" if (said := cls.other_words.get(name)) else "see its documentation"
+            raise TypeError(f"{cls.__name__} has no argument {name!r}: {hint}")
 
     def attach(self, key: str) -> Future[Any] | None:
         """The call that an earlier process submitted under this `key` to this folder, if there is one.
@@ -337,12 +350,18 @@ def _seen_as(path_map: Mapping[str, str], path: str) -> str:
 
 
 def _optional(name: str, value: int | float | str | None) -> float | None:
-    return None if value is None else _parsed(name, parse_time, value)
+    seconds: float | None = parsed(name, parse_time, value)
+    return seconds
 
 
-def _parsed(name: str, parse: Any, value: Any) -> Any:
+def parsed(name: str, parse: Any, value: Any) -> Any:
+    """The value of an argument, parsed; None for None.
+
+    Raises:
+        ValueError: if it is not what it should be, naming the argument.
+    """
     try:
-        return parse(value)
+        return None if value is None else parse(value)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 

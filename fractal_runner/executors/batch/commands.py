@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
 from fractal_runner.executors.batch.scheduler import SchedulerError
+from fractal_runner.quantities import parse_time
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -129,9 +131,49 @@ def _text(output: Any) -> str:
     return cleaned(output.decode(errors="replace") if isinstance(output, bytes) else output or "")
 
 
-def parse_prefix(prefix: str | Sequence[str]) -> tuple[str, ...]:
-    """The words of a prefix, or of a command, that may be one text with all of them."""
-    return tuple(shlex.split(prefix) if isinstance(prefix, str) else prefix)
+def parse_words(name: str, value: str | Sequence[str], *, least: int = 0) -> tuple[str, ...]:
+    """The words of a command, or of what stands in front of one: a list of them, or one text.
+
+    Args:
+        name: of the argument, for the message.
+        value: its value.
+        least: how many words there have to be.
+
+    Raises:
+        ValueError: if it is none of that.
+    """
+    try:
+        words = tuple(shlex.split(value) if isinstance(value, str) else value)
+    except ValueError as error:
+        raise ValueError(f"{name}: {value!r} cannot be taken apart: {error}") from None
+    if len(words) < least or not all(words):
+        raise ValueError(f"{name}: {value!r} is no command: write its words, or one text with them")
+    return words
+
+
+def parse_timeout(value: int | float | str) -> float:
+    """Seconds for which a command may take.
+
+    Raises:
+        ValueError: if it is no such time.
+    """
+    try:
+        return parse_time(value)
+    except ValueError as error:
+        raise ValueError(f"command_timeout: {error}") from None
+
+
+def parse_python(value: str | None) -> str:
+    """The interpreter on the nodes: by default, this one.
+
+    Raises:
+        ValueError: if it is an empty text.
+    """
+    if value is None:
+        return sys.executable
+    if not value:
+        raise ValueError(f"python: {value!r} is not the path of an interpreter")
+    return value
 
 
 def cleaned(text: str) -> str:

@@ -9,14 +9,20 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from fractal_runner.executors.base import stopped_error
 from fractal_runner.executors.batch import verdicts
 from fractal_runner.executors.batch.errands import Errands, Note
 from fractal_runner.executors.batch.jobs import Array, Item, Job, Roster
 from fractal_runner.executors.batch.records import Kind, Record
-from fractal_runner.executors.batch.scheduler import Cause, JobState, JobStatus, Scheduler
+from fractal_runner.executors.batch.scheduler import (
+    Cause,
+    JobState,
+    JobStatus,
+    PartlyExplainedError,
+    Scheduler,
+)
 from fractal_runner.executors.local.reports import handle_record
 
 _LOOK_S, _LOOK_LIMIT_S, _LOOK_GROWTH = 0.02, 0.5, 1.1
@@ -87,6 +93,7 @@ class Following:
         self._look_s, self._look_at = _LOOK_S, 0.0
         self._poll_s, self._poll_at = _POLL_S, 0.0
         self._settle_at = math.inf
+        self._wants_why = False  # something is to be asked at length, once nothing is being asked
         self._is_silent = False
         self.polls = 0
 
@@ -95,7 +102,9 @@ class Following:
         if not self._roster.jobs:
             return math.inf
         due = min(self._look_at, self._settle_at)
-        return due if self._errands.asking else min(due, self._poll_at)
+        if self._errands.asking:
+            return due
+        return self._clock() if self._wants_why else min(due, self._poll_at)
 
     def hasten(self) -> None:
         """Something has changed: more of it may follow soon."""
@@ -226,7 +235,7 @@ class Following:
     def poll(self) -> None:
         """Ask about all jobs at once."""
         now = self._clock()
-        if now < self._poll_at or self._errands.asking:
+        if now < self._poll_at or self._errands.asking or self._wants_why:
             return
         jobs = [job for job in self._roster.jobs if job.id is not None and not job.is_over]
         self._poll_s = min(self._poll_s * _POLL_GROWTH, self._poll_interval)
@@ -297,9 +306,9 @@ class Following:
     def settle(self) -> None:
         """Decide about the calls of jobs that are over."""
         now = self._clock()
-        if now < self._settle_at:
+        if now < self._settle_at and not (self._wants_why and not self._errands.asking):
             return
-        self._settle_at = math.inf
+        self._settle_at, self._wants_why = math.inf, False
         unexplained = []
         for job in [job for job in self._roster.jobs if job.settle_at is not None]:
             assert job.settle_at is not None
@@ -323,11 +332,14 @@ class Following:
     def _ask_why(self, jobs: Sequence[Job]) -> None:
         """Have the scheduler say what it knows of jobs that have left calls without an end."""
         if self._errands.asking:
-            self._settle_at = min(self._settle_at, self._clock() + _LOOK_LIMIT_S)
+            self._wants_why = True  # before it is asked about all others again
             return
         for job in jobs:
             job.unexplained_since = job.unexplained_since or self._clock()
-        self._errands.ask(lambda: self._reasons(jobs), lambda error: self._no_reasons(jobs, error))
+        # Nobody waits for it but calls that have not ended.
+        self._errands.ask(
+            lambda: self._reasons(jobs), lambda error: self._no_reasons(jobs, error), matters=False
+        )
 
     def _reasons(self, jobs: Sequence[Job]) -> Note:
         """In the thread that asks."""
@@ -335,20 +347,30 @@ class Following:
         return lambda: self._learn_why(jobs, answers)
 
     def _learn_why(self, jobs: Sequence[Job], answers: Mapping[str, JobStatus]) -> None:
-        for job in jobs:
-            job.status = answers.get(str(job.id), job.status)
-            job.is_explained = True
         self._settle_at = self._clock()
+        for job in self._still_unexplained(jobs):
+            job.status = answers.get(str(job.id), job.status)
+            if job.status is not None and job.status.state in (JobState.QUEUED, JobState.RUNNING):
+                job.follow_on()  # it was only for a moment that it was not known
+            else:
+                job.is_explained = True
 
     def _no_reasons(self, jobs: Sequence[Job], error: Exception) -> None:
         """It is asked for a while, as the answer may change what becomes of the calls."""
         now = self._clock()
-        for job in jobs:
-            assert job.unexplained_since is not None
-            if now - job.unexplained_since > _UNDECIDED_S:
+        self._settle_at = min(self._settle_at, now + _POLL_S)
+        answers = error.answers if isinstance(error, PartlyExplainedError) else {}
+        for job in self._still_unexplained(jobs):
+            job.status = answers.get(str(job.id), job.status)
+            if job.unexplained_since is not None and now - job.unexplained_since > _UNDECIDED_S:
                 _logger.warning("%s: how %s has ended is not known: %s", self._name, job.says, error)
                 job.is_explained = True
-        self._settle_at = min(self._settle_at, now + _POLL_S)
+
+    def _still_unexplained(self, jobs: Sequence[Job]) -> Iterator[Job]:
+        """Those that nobody has taken on, or ended, since they were asked about."""
+        for job in jobs:
+            if job in self._roster.jobs and job.is_over and job.unexplained_since is not None:
+                yield job
 
     def _decide_later(self, job: Job, error: Exception) -> None:
         """Its files cannot be written or read: a full disk, or one that is away."""
@@ -366,7 +388,8 @@ class Following:
 
     def _decide(self, job: Job) -> None:
         reason = verdicts.reason_of(job)
-        is_cancelled = job.status is not None and job.status.cause is Cause.CANCELLED
+        is_final = job.status is not None and job.status.cause in (Cause.CANCELLED, Cause.REFUSED)
+        is_final |= reason == verdicts.NO_EVIDENCE and job.has_started and self._scheduler.done_is_proof
         last = len(job.tails)
         for item in list(job.items.values()):
             if item.stopping or job.cancelled:
@@ -376,7 +399,7 @@ class Following:
             elif item.starts == last:
                 what = "had started and not ended"
                 error = verdicts.of_job(job, item, what, reason=reason, status=job.status)
-            elif is_cancelled or (reason == verdicts.NO_EVIDENCE and job.has_started):
+            elif is_final:
                 what = "had not started"
                 error = verdicts.of_job(job, item, what, reason=reason, status=job.status)
             else:

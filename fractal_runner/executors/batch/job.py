@@ -47,6 +47,8 @@ _LOOK_S, _LOOK_SHARED_S = 0.25, 2.0  # how often the job looks whether it is tol
 _LARGEST_RESULT = 2**32 - 2**20  # what a record holds
 _PAYLOAD_S = 30.0  # within which the payload has to be seen, over whatever network
 _TERM_GRACE_S = 1.0
+_SIGNALLED = 128  # a shell adds it to the signal that ended its child
+_UNIT_RESULT = b"fractal_runner.worker.spec"  # what the pickle of a unit's result begins with
 _ENDING_S = 10.0
 
 
@@ -120,7 +122,7 @@ class _Job:
         self.has_ended_some = self.has_left_some = False  # the workers set these two
         self._near_end = False  # of the job's time; the signal handlers set these two
         self._ended_by: int | None = None
-        self._near_end_at = math.inf if place.warned_after is None else time.monotonic() + place.warned_after
+        self._near_end_at = math.inf if place.warned_at is None else place.warned_at
         self.broken: BaseException | None = None  # why nothing can be written down any more
         self.payload: Payload
 
@@ -205,9 +207,9 @@ class _Job:
         """Whether the scheduler ends this job."""
         return self._ended_by is not None
 
-    def may_have_been(self, number: int) -> bool:
-        """Whether this signal is one by which the scheduler ends jobs."""
-        return number in self._place.ended_by
+    def may_have_ended(self, code: int) -> bool:
+        """Whether what has left with this code may have got a signal by which the scheduler ends jobs."""
+        return (code - _SIGNALLED if code > _SIGNALLED else -code) in self._place.ended_by
 
     @property
     def takes_no_more(self) -> bool:
@@ -215,7 +217,7 @@ class _Job:
 
         One call is done even if time is nearly over from the beginning: or it would never be.
         """
-        near_end = self._near_end or time.monotonic() >= self._near_end_at
+        near_end = self._near_end or time.time() >= self._near_end_at
         return self.broken is not None or self.terminating or (near_end and self.has_ended_some)
 
     def _settle(self) -> None:
@@ -353,7 +355,10 @@ class _JobWorker(KeptForkWorker):
         self._write(Kind.LOG, pickled)
 
     def _report(self, call: Call, message: memoryview) -> None:
-        if self._job.terminating and not _is_good(message):
+        code = _failure_of(message)
+        if code is not None and self._job.may_have_ended(code) and not self._job.terminating:
+            time.sleep(_TERM_GRACE_S)  # whoever ends the job ends all of its processes, in any order
+        if self._job.terminating and code is not None:
             call.succeed(None)  # what it had started may have been ended as well: the scheduler knows why
             return
         printed = call.future.output.encode()
@@ -368,7 +373,7 @@ class _JobWorker(KeptForkWorker):
 
     def _fail(self, call: Call, error: BaseException) -> None:
         code = getattr(error, "returncode", None)
-        if code is not None and self._job.may_have_been(-code) and not self._job.terminating:
+        if code is not None and self._job.may_have_ended(code) and not self._job.terminating:
             time.sleep(_TERM_GRACE_S)  # whoever ends the job ends all of its processes, in any order
         if self._job.terminating or self._job.broken is not None:
             call.fail(error)
@@ -388,17 +393,18 @@ class _JobWorker(KeptForkWorker):
             raise
 
 
-def _is_good(message: memoryview) -> bool:
-    """Whether it is the result of a call that nothing has come between, of a unit's as well."""
+def _failure_of(message: memoryview) -> int | None:
+    """With which code a call has failed, itself or as a unit; None if it has not."""
     if message[:1] != child.RESULT:
-        return False
-    from fractal_runner.worker.spec import UnitResult  # rarely needed, and each job starts with this module
-
+        return 1
+    if _UNIT_RESULT not in bytes(message[: len(_UNIT_RESULT) + 32]):
+        return None
     try:
         result = pickle.loads(message[2:])
     except BaseException:  # unpickling runs the result's own code; whoever waits for it will see
-        return True
-    return result.succeeded if isinstance(result, UnitResult) else True
+        return None
+    code = getattr(result, "returncode", None)
+    return None if getattr(result, "succeeded", True) else 1 if code is None else code
 
 
 def _told_who_killed(error: JobExecutionError, *, oom: bool) -> JobExecutionError:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import Unpack
+from typing import ClassVar, Unpack
 
-from fractal_runner.executors.batch.base import BatchExecutor, BatchOptions
+from fractal_runner.executors.batch.base import BatchExecutor, BatchOptions, parsed
 from fractal_runner.executors.batch.lsf_scheduler import LsfScheduler
 from fractal_runner.executors.batch.lsf_submission import MemoryPer, MemoryUnit
+from fractal_runner.quantities import parse_count, parse_time
 
 
 class LsfExecutor(BatchExecutor):
@@ -24,7 +25,8 @@ class LsfExecutor(BatchExecutor):
         memory: of a call, "4G" (4,000 MB) or a number of MB, whatever LSF counts in.
         memory_unit: what LSF counts memory in here: "KB", "MB", "GB", …; by default what `lsf.conf` says,
             else what the family's LSF does.
-        memory_per: whether it takes numbers of memory as of a "job", of each "host" of it, or of each "task".
+        memory_per: whether it takes what a job reserves as of a "job", of each "host" of it, or of each
+            "task".
         gpus: GPUs of a call.
         resource_requirements: `"select[type==any] rusage[scratch=10]"`, or several such texts.
         bsub_extra: further words for bsub, `["-app", "chem"]`.
@@ -51,12 +53,24 @@ class LsfExecutor(BatchExecutor):
         TypeError, ValueError: if an argument is not what it should be.
     """
 
+    other_words: ClassVar[Mapping[str, str]] = {
+        "account": "project",
+        "cpus": "cores",
+        "cpus_per_task": "cores",
+        "exclude": 'resource_requirements="select[hname!=…]"',
+        "extra_lines": "bsub_extra",
+        "mem": "memory",
+        "partition": "queue",
+        "requeue": "rerunnable",
+        "time": "walltime",
+    }
+
     def __init__(
         self,
         folder: str | os.PathLike[str],
         *,
         queue: str | None = None,
-        project: str | None = None,
+        project: str | int | None = None,
         walltime: int | float | str | None = None,
         cores: int | None = None,
         memory: int | float | str | None = None,
@@ -74,10 +88,11 @@ class LsfExecutor(BatchExecutor):
         bsub_cmd: str | Sequence[str] = "bsub",
         bjobs_cmd: str | Sequence[str] = "bjobs",
         bkill_cmd: str | Sequence[str] = "bkill",
-        command_timeout: float = 60.0,
+        command_timeout: int | float | str = 60.0,
         max_array: int | None = None,
         **options: Unpack[BatchOptions],
     ) -> None:
+        self._check_words(options)
         if isinstance(walltime, str) and re.fullmatch(r"\d+:\d+", walltime.strip()):
             hours, minutes = walltime.strip().split(":")
             raise ValueError(
@@ -104,12 +119,11 @@ class LsfExecutor(BatchExecutor):
         super().__init__(
             scheduler,
             folder,
-            cpus=cores,
+            cpus=parsed("cores", parse_count, cores),
             memory=memory,
             gpus=gpus,
-            time=walltime,
+            time=parsed("walltime", parse_time, walltime),
             queue=queue,
-            account=project,
-            max_array=max_array,
+            account=None if project is None else str(project),  # some are numbers
             **options,
         )

@@ -52,7 +52,7 @@ _DONE = re.compile(r"Done successfully\b|Completed <done>")
 _FAILED = re.compile(r"Exited\b|Completed <exit>")
 _CODE = re.compile(r"Exited with exit code ([0-9]{1,9})(?![0-9])")
 _SIGNAL = re.compile(r"Exited by signal ([0-9]{1,9})(?![0-9])")
-_BARE = re.compile(r"Exited[.;]?\s{0,80}")
+_BARE = re.compile(r"(?:Exited|Completed <exit>)[.;]?\s{0,80}")
 
 _LIMITS = re.compile(r"\s{0,40}(?:[A-Z]{3,12}LIMIT\b[ \t\r]{0,80}){1,20}")
 _AMOUNT = re.compile(r"\b([0-9]{1,12}(?:\.[0-9]{1,6})?) {1,8}(?:(min)|([KMGTPE]))")

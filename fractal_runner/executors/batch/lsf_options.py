@@ -6,10 +6,12 @@ open ones of its families look at the last `-R` alone, so all that is asked for 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fractal_runner.executors.batch.commands import parse_words
 from fractal_runner.executors.batch.options import (
     OptionTable,
     both,
@@ -41,22 +43,19 @@ _OURS = {
     "-R": "say it by `resource_requirements`",
     "-r": "say it by `rerunnable`",
 }
-# IBM's longer options that begin as one of these, which take what follows for their value: "-q" and "-qlong".
+# IBM's longer options that begin as one of these. One of a letter may have its value glued to it, "-qlong".
 _LONGER = (
-    "-Jd",
-    "-We",
-    "-Wep",
+    "-Jd",  # a description
+    "-We",  # an estimate of the time, and what follows from it
     "-Wp",
-    "-env",
-    "-eptl",
-    "-ep",
-    "-hl",
+    "-env",  # variables
+    "-ep",  # a command that is run at the end
+    "-hl",  # limits of memory for each host
     "-hostfile",
-    "-network",
-    "-notify",
+    "-notify",  # of what
+    "-nn",  # a number of nodes
     "-outdir",
-    "-rn",
-    "-rnc",
+    "-rn",  # not to be run again
 )
 _ORDER = ("select", "order", "rusage", "span", "same", "cu", "affinity")
 _SECTION = re.compile(rf"({'|'.join(_ORDER)})\s*\[([^\[\]]*)\]")
@@ -64,8 +63,8 @@ _PTILE = re.compile(r"\bptile\s*=\s*(\d{1,6})")
 
 
 def _bsub_arguments(value: Any) -> tuple[str, ...]:
-    """Further words for bsub, `["-app", "chem"]`."""
-    words = lines(value)
+    """Further words for bsub, `["-app", "chem"]` or "-app chem"."""
+    words = parse_words("bsub_extra", value) if isinstance(value, str) else lines(value)
     if words and not words[0].startswith("-"):
         raise ValueError(f"{words[0]!r} is no option: bsub would take it for the command to run")
     for word in words:
@@ -73,6 +72,8 @@ def _bsub_arguments(value: Any) -> tuple[str, ...]:
             raise ValueError(
                 f"{word!r} ends bsub's options: it would take what follows for the command to run"
             )
+        if word.startswith("-") and " " in word:
+            raise ValueError(f"{word!r} is two words: write {json.dumps(word.split(maxsplit=1))}")
         own = _OURS.get(word) or (_OURS.get(word[:2]) if not word.startswith(_LONGER) else None)
         if own:
             raise ValueError(f"{word!r} is the executor's own to say: {own}")
@@ -81,7 +82,9 @@ def _bsub_arguments(value: Any) -> tuple[str, ...]:
 
 def _requirements(value: Any) -> tuple[str, ...]:
     """LSF's resource requirements: a text, or several."""
-    texts = names(value)
+    texts = tuple(filter(None, names(value)))
+    if len(texts) > 1 and any("{" in text for text in texts):
+        raise ValueError("alternatives, {…} || {…}, go with no other requirement: put all into each")
     for text in texts:
         depth = 0
         for character in text:
@@ -90,7 +93,7 @@ def _requirements(value: Any) -> tuple[str, ...]:
                 break
         if depth:
             raise ValueError(f"{text!r} has brackets that do not match")
-    return tuple(filter(None, texts))
+    return texts
 
 
 def _hosts(value: Any) -> tuple[str, ...]:
@@ -149,10 +152,10 @@ def requirement(own: Sequence[str], *, excluded: Sequence[str] = (), memory: int
         memory: how much of it is to be reserved, in the site's unit; None for nothing.
 
     Returns:
-        It, in LSF's order of sections. One that is made of alternatives, `{…} || {…}`, is taken as it is: no
-        part of it is everybody's.
+        It, in LSF's order of sections. One that is made of alternatives, `{…} || {…}`, is taken as it is, and
+        the last one if there are several: no part of it is everybody's.
     """
-    if alternatives := next((text for text in own if "{" in text), None):
+    if alternatives := next((text for text in reversed(own) if "{" in text), None):
         return alternatives
     sections = _sections(own)
     sections.setdefault("select", []).extend(f"hname!={_quoted(name)}" for name in excluded)

@@ -8,17 +8,22 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fractal_runner.errors import did_you_mean
 from fractal_runner.executors.batch import lsf_words as words
-from fractal_runner.executors.batch.commands import CommandAnswer, Commands, Run, parse_prefix
+from fractal_runner.executors.batch.commands import (
+    CommandAnswer,
+    Commands,
+    Run,
+    parse_python,
+    parse_timeout,
+    parse_words,
+)
 from fractal_runner.executors.batch.lsf_long import read_long
 from fractal_runner.executors.batch.lsf_options import OPTIONS
 from fractal_runner.executors.batch.lsf_submission import (
@@ -30,14 +35,18 @@ from fractal_runner.executors.batch.lsf_submission import (
     bsub_words,
     write_script,
 )
+from fractal_runner.executors.batch.options import flag
 from fractal_runner.executors.batch.scheduler import (
     ArrayRequest,
+    Cause,
     JobState,
     JobStatus,
+    PartlyExplainedError,
     Scheduler,
     SchedulerError,
     SubmissionRefusedError,
 )
+from fractal_runner.quantities import parse_count
 
 _MAX_ARRAY = 1000  # MAX_JOB_ARRAY_SIZE of both families, where a site has not set it
 _ARRAYS_PER_COMMAND = 500
@@ -50,7 +59,9 @@ _HINT = (
 # They change what commands print, for people.
 _UNSET = ("BSUB_QUIET", "BSUB_QUIET2", "BSUB_STDERR", "LSB_BJOBS_FORMAT", "LSB_DISPLAY_YEAR")
 _ELEMENT = re.compile(r"(\d{1,18})\[(\d{1,9})\]", re.ASCII)
-_UNIT_OF_SITE = re.compile(r"^\s*LSF_UNIT_FOR_LIMITS\s*=\s*[\"']?([KMGTPE])B?\b", re.MULTILINE)
+_UNIT_OF_SITE = re.compile(
+    r"^\s*LSF_UNIT_FOR_LIMITS\s*=\s*[\"']?([KMGTPE])B?\b", re.MULTILINE | re.IGNORECASE
+)
 _NOT_AN_ARRAY = "NOT_AN_ARRAY"
 
 
@@ -69,8 +80,8 @@ class LsfScheduler(Scheduler):
         memory_unit: what LSF counts memory in here, "KB", "MB", …; by default what `LSF_UNIT_FOR_LIMITS`
             says in `$LSF_ENVDIR/lsf.conf`, else IBM's KB for limits and MB for reservations, and MB for the
             others.
-        memory_per: whether the site takes these numbers as of a "job", of each "host" of it, or of each
-            "task" (`RESOURCE_RESERVE_PER_TASK`).
+        memory_per: whether the site takes what a job reserves as of a "job", of each "host" of it, or of
+            each "task" (`RESOURCE_RESERVE_PER_TASK`). The limit, `-M`, is the job's.
         rerunnable: whether LSF may start a job again whose host was lost. It may still run there.
         python: the interpreter on the hosts; this one's path by default.
         command_prefix: words in front of each command, `["ssh", "login1"]`, or one text with them.
@@ -88,6 +99,7 @@ class LsfScheduler(Scheduler):
     """
 
     name = "LSF"
+    done_is_proof = False  # a job that was killed may read DONE
     ignores = frozenset({"constraint", "extra_lines", "gres", "nodes", "ntasks_per_node"})
 
     def __init__(
@@ -106,7 +118,7 @@ class LsfScheduler(Scheduler):
         bsub_cmd: str | Sequence[str] = "bsub",
         bjobs_cmd: str | Sequence[str] = "bjobs",
         bkill_cmd: str | Sequence[str] = "bkill",
-        command_timeout: float = 60.0,
+        command_timeout: int | float | str = 60.0,
         max_array: int | None = None,
         run: Run = subprocess.run,
     ) -> None:
@@ -121,17 +133,23 @@ class LsfScheduler(Scheduler):
         )
         self._unit = None if memory_unit is None else UNITS[_chosen("memory_unit", memory_unit, UNITS)]
         self._per: MemoryPer = _chosen("memory_per", memory_per, ("job", "host", "task"))
-        self._rerunnable = rerunnable
-        self._python = sys.executable if python is None else python
+        self._rerunnable = flag(rerunnable, "rerunnable")
+        self._python = parse_python(python)
         self._commands = Commands(
-            *(parse_prefix(command_prefix), command_timeout, run, _HINT), settings=SETTINGS, unset=_UNSET
+            prefix=parse_words("command_prefix", command_prefix),
+            timeout=parse_timeout(command_timeout),
+            run=run,
+            hint=_HINT,
+            settings=SETTINGS,
+            unset=_UNSET,
         )
-        self._bsub = _command("bsub_cmd", bsub_cmd)
-        self._bjobs = _command("bjobs_cmd", bjobs_cmd)
-        self._bkill = _command("bkill_cmd", bkill_cmd)
-        self._max_array = _MAX_ARRAY if max_array is None else max_array
+        self._bsub = parse_words("bsub_cmd", bsub_cmd, least=1)
+        self._bjobs = parse_words("bjobs_cmd", bjobs_cmd, least=1)
+        self._bkill = parse_words("bkill_cmd", bkill_cmd, least=1)
+        self._max_array = _count("max_array", max_array, _MAX_ARRAY)
         self._asking = threading.Lock()  # guards the next one
         self._dialect: words.Dialect | None = None
+        self._has_fields = True  # until IBM's bjobs does not know of them
         # The names of the arrays that surely had these ids in this process's time. Set in single steps.
         self._known: dict[str, str] = {}
 
@@ -152,14 +170,7 @@ class LsfScheduler(Scheduler):
 
     def submit(self, request: ArrayRequest) -> Sequence[str]:
         options = OPTIONS.merge(self._defaults, request.extra)
-        dialect = self.dialect
-        is_needed = request.gpus or (request.memory is not None and self._unit is None)
-        if dialect is None and (is_needed or options.get("needs_gpu")):
-            raise SchedulerError(
-                "LSF does not say which LSF it is, and so neither in what units it counts memory, nor "
-                "how it has GPUs asked for"
-            )
-        dialect = dialect or words.Dialect.OPENLAVA
+        dialect = self._dialect_for(request, options)
         memory = self._memory(dialect)
         said = bsub_words(request, options, dialect=dialect, memory=memory, rerunnable=self._rerunnable)
         try:
@@ -171,7 +182,7 @@ class LsfScheduler(Scheduler):
             return self._ids(array, request)
         if answer.is_missing:  # nothing was asked, and waiting does not bring it
             raise SubmissionRefusedError(f"{answer.program} was not found: {_HINT}")
-        text = words.cleaned(answer.text) or f"{answer.program} says nothing"
+        text = words.without_patience(answer.text) or f"{answer.program} says nothing"
         if words.is_refusal(answer.text):
             raise SubmissionRefusedError(f"LSF has refused array {request.name}: {text}")
         raise SchedulerError(f"It is not known whether LSF has array {request.name}: {text}")
@@ -202,16 +213,16 @@ class LsfScheduler(Scheduler):
     def explain(self, jobs: Mapping[str, str]) -> Mapping[str, JobStatus]:
         found = self._long(self._bjobs, jobs)
         # bhist reads files, and knows who has killed a job, and jobs that bjobs has forgotten.
-        unclear = {job: name for job, name in jobs.items() if _may_be_explained(found.get(job))}
+        unclear = {job: name for job, name in jobs.items() if _is_unclear(found.get(job))}
         if unclear:
             try:
                 told = self._long(self._beside_bjobs("bhist"), unclear)
-            except SchedulerError:
-                if not found:
-                    raise
-                told = {}  # what bjobs has said is worth more than to ask both again
+            except SchedulerError as error:
+                raise PartlyExplainedError(str(error), found) from error
             found |= {
-                job: status for job, status in told.items() if job not in found or status.cause is not None
+                job: status
+                for job, status in told.items()
+                if job not in found or status.cause not in (None, Cause.NODE)
             }
         return found
 
@@ -220,11 +231,33 @@ class LsfScheduler(Scheduler):
         chosen = list(_spans(self._without_others(jobs)))
         for some in _chunks(chosen, _WORDS_PER_COMMAND):  # never none: bkill would take the last job
             answer = self._commands(*self._bkill, *some)
-            said = words.cleaned(answer.stderr).splitlines()
+            said = words.without_patience(answer.stderr).splitlines()
             if answer.returncode and not (said and all(map(words.NOTHING_TO_KILL.search, said))):
                 refusals.append(answer)
         for answer in refusals:  # the others are ended, whatever one of them says
             answer.expect_success()
+
+    def _dialect_for(self, request: ArrayRequest, options: Mapping[str, Any]) -> words.Dialect:
+        """Which LSF an array is submitted to; what both understand, if it asks for nothing in particular.
+
+        Raises:
+            SubmissionRefusedError: if there is none here.
+            SchedulerError: if that has to be known first.
+        """
+        dialect = self.dialect
+        if dialect is not None:
+            return dialect
+        has_memory = request.memory is not None and self._unit is None
+        if has_memory or request.gpus or options.get("needs_gpu"):
+            answer = self._commands(*self._bjobs, "-V")
+            if answer.is_missing:
+                raise SubmissionRefusedError(f"{answer.program} was not found: {_HINT}")
+            raise SchedulerError(
+                f"{answer.program} does not say which LSF it is, and so neither in what units it counts "
+                "memory, nor how it has GPUs asked for: "
+                f"{words.without_patience(answer.text) or 'it says nothing'}"
+            )
+        return words.Dialect.OPENLAVA
 
     def _find_dialect(self) -> words.Dialect | None:
         for command in (self._beside_bjobs("lsid"), (*self._bjobs, "-V")):
@@ -244,6 +277,7 @@ class LsfScheduler(Scheduler):
         return (program,)
 
     def _memory(self, dialect: words.Dialect) -> MemoryTerms:
+        """How the site counts memory."""
         unit = self._unit or self._unit_of_site()
         limit_unit = UNITS["KB" if dialect is words.Dialect.IBM else "MB"]
         return MemoryTerms(unit or limit_unit, unit or UNITS["MB"], self._per)
@@ -256,7 +290,7 @@ class LsfScheduler(Scheduler):
             found = _UNIT_OF_SITE.findall((Path(directory) / "lsf.conf").read_text(errors="replace"))
         except OSError:
             return None
-        return UNITS[f"{found[-1]}B"] if found else None
+        return UNITS[f"{found[-1].upper()}B"] if found else None
 
     def _ids(self, array: str, request: ArrayRequest) -> list[str]:
         self._known[array] = request.name
@@ -264,12 +298,20 @@ class LsfScheduler(Scheduler):
 
     def _ask(self, *said: str) -> tuple[list[words.Row], CommandAnswer]:
         """What bjobs says. Its exit code says nothing: sites and versions differ in it."""
-        is_ibm = self.dialect is words.Dialect.IBM
-        form = ("-noheader", "-o", words.FIELDS) if is_ibm else ("-w",)
-        answer = self._commands(*self._bjobs, *form, *said)
+        if self._has_fields and self.dialect is words.Dialect.IBM:
+            answer = self._commands(*self._bjobs, "-noheader", "-o", words.FIELDS, *said)
+            if not words.USAGE.search(answer.stderr):
+                return words.read_fields(answer.stdout), self._there(answer)
+            self._has_fields = False  # it is older than they are
+        answer = self._commands(*self._bjobs, "-w", *said)
+        return words.read_bjobs(answer.stdout), self._there(answer)
+
+    @staticmethod
+    def _there(answer: CommandAnswer) -> CommandAnswer:
+        """An answer of a program that there is."""
         if answer.is_missing:
             answer.expect_success()
-        return (words.read_fields if is_ibm else words.read_bjobs)(answer.stdout), answer
+        return answer
 
     def _states(self, said: Sequence[str], jobs: Mapping[str, str]) -> dict[str, JobStatus]:
         """What bjobs says of these jobs, if it is asked in these words."""
@@ -283,6 +325,7 @@ class LsfScheduler(Scheduler):
         names = {_array_of(job): name for job, name in jobs.items()}
         others = {row.array: row.name for row in rows if not _is_of(row, names.get(row.array, row.name))}
         found = {}
+        misread: set[str] = set()
         for job in jobs:
             array = _array_of(job)
             if array in others:
@@ -293,23 +336,27 @@ class LsfScheduler(Scheduler):
                 found[job] = row.status
             elif (row := plain.get(array)) is not None:
                 found[job] = _not_an_array(row)
+                misread.add(array)
             elif has_none or array in unknown or job in unknown:
                 found[job] = JobStatus(JobState.LOST, detail="LSF does not know it")
+        if misread:
+            with suppress(SchedulerError):  # it does nothing but wait for its turn
+                self._commands(*self._bkill, *misread)
         return found
 
     def _long(self, command: Sequence[str], jobs: Mapping[str, str]) -> dict[str, JobStatus]:
-        """How jobs have ended, as a command tells at length; nothing of those of which it does not."""
+        """What a command tells of jobs at length; nothing of those of which it does not."""
         found = {}
         for some in _chunks(list(_spans(jobs)), _WORDS_PER_COMMAND):
             answer = self._commands(*command, "-l", *some)
-            if answer.is_missing:
-                answer.expect_success()
-            rows = read_long(answer.stdout)
+            if answer.is_missing and command != self._bjobs:  # sites may do without bhist
+                return {}
+            rows = read_long(self._there(answer).stdout)
             if not (rows or words.read_unknown(answer.text) or words.NO_JOBS.search(answer.text)):
                 raise _no_answer(answer)
             for row in rows:
                 job = f"{row.array}[{row.index}]"
-                if row.name == jobs.get(job) and row.status.state is JobState.ENDED:
+                if row.name == jobs.get(job):
                     found[job] = row.status
         return found
 
@@ -336,11 +383,11 @@ def _chosen(name: str, value: Any, known: Collection[str]) -> Any:
     raise ValueError(f"{name}: {value!r} is none of {', '.join(known)}{hint}")
 
 
-def _command(name: str, value: str | Sequence[str]) -> tuple[str, ...]:
-    command = parse_prefix(value)
-    if not command or not all(command):
-        raise ValueError(f"{name}: {value!r} names no command")
-    return command
+def _count(name: str, value: int | None, default: int) -> int:
+    try:
+        return default if value is None else parse_count(value)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def _array_of(job: str) -> str:
@@ -357,18 +404,23 @@ def _not_an_array(row: words.Row) -> JobStatus:
         f"LSF has taken the array as one plain job, {row.name!r}: it is larger than the site's "
         "MAX_JOB_ARRAY_SIZE; say by `max_array` what that is"
     )
-    return replace(row.status, state=JobState.ENDED, reason=_NOT_AN_ARRAY, detail=detail)
+    return JobStatus(JobState.ENDED, _NOT_AN_ARRAY, detail=detail, cause=Cause.REFUSED)
 
 
-def _may_be_explained(status: JobStatus | None) -> bool:
-    """Whether bhist may know more: of jobs that bjobs has forgotten, and of those that a signal has ended."""
+def _is_unclear(status: JobStatus | None) -> bool:
+    """Whether bhist may know more.
+
+    Of jobs that bjobs has forgotten, of those that a signal has ended, and of those without an exit code: of
+    a lost host's, as LSF has it, and of those that somebody has removed by force.
+    """
     if status is None:
         return True
-    return status.cause is None and (status.returncode is None or status.returncode < 0)
+    is_open = status.cause is Cause.NODE or (status.cause is None and status.reason is not None)
+    return is_open and (status.returncode is None or status.returncode < 0)
 
 
 def _no_answer(answer: CommandAnswer) -> SchedulerError:
-    said = words.cleaned(answer.text) or "nothing at all"
+    said = words.without_patience(answer.text) or "nothing at all"
     return SchedulerError(f"{answer.program} gave no answer, but said: {said}")
 
 

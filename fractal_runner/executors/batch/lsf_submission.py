@@ -42,17 +42,20 @@ class MemoryTerms:
     Attributes:
         limit_unit: bytes of the unit of `-M`.
         reserve_unit: bytes of the unit of `rusage[mem=…]`.
-        per: what the numbers are of: the whole job, each of its hosts, or each of its tasks.
+        per: what a reservation is of: the whole job, each of its hosts, or each of its tasks.
     """
 
     limit_unit: int
     reserve_unit: int
     per: MemoryPer
 
-    def share(self, request: ArrayRequest, hosts: int) -> float:
-        """Bytes of what the numbers are of."""
-        assert request.memory is not None
-        return request.memory / {"job": 1, "host": hosts, "task": request.cpus}[self.per]
+    def limit(self, memory: int) -> int:
+        """So many bytes, in the unit of `-M`."""
+        return math.ceil(memory / self.limit_unit)
+
+    def reserve(self, memory: int, *, cpus: int, hosts: int) -> int:
+        """What is to be reserved of so many bytes of a job, in the unit of `rusage`."""
+        return math.ceil(memory / {"job": 1, "host": hosts, "task": cpus}[self.per] / self.reserve_unit)
 
 
 def bsub_words(
@@ -74,9 +77,8 @@ def bsub_words(
     words = ["-J", f"{request.name}[1-{request.count}]", "-o", "/dev/null", "-n", str(request.cpus)]
     reserve = None
     if request.memory is not None:
-        share = memory.share(request, hosts_of(own, request.cpus))
-        words += ["-M", str(math.ceil(share / memory.limit_unit))]
-        reserve = math.ceil(share / memory.reserve_unit)
+        words += ["-M", str(memory.limit(request.memory))]
+        reserve = memory.reserve(request.memory, cpus=request.cpus, hosts=hosts_of(own, request.cpus))
     words += ["-R", requirement(own, excluded=options.get("exclude", ()), memory=reserve)]
     if request.time is not None:
         words += ["-W", str(_minutes(request.time))]
@@ -118,12 +120,15 @@ def _script(request: ArrayRequest, options: Mapping[str, Any], python: str, plac
     warned = ""
     if request.time is not None:
         seconds = _minutes(request.time) * 60
-        warned = f" --warned-after {seconds - lead_s(seconds):g}"
+        warned = f" --warned-at $((_fr_begun + {int(seconds - lead_s(seconds))}))"
     steps = [
         "#!/bin/sh",
         f"# The jobs of {request.name}. LSF says which one this is.",
+        # People's lines are mostly written for bash, and their clusters' modules for it as well.
+        'if [ -z "${BASH_VERSION:-}" ] && command -v bash >/dev/null; then exec bash "$0"; fi',
         f"cd {directory} || exit",  # LSF itself would go on in /tmp
         # Kept before anybody's lines: these may have variables of any name but ours.
+        "_fr_begun=$(date +%s) _fr_ended=",
         "_fr_number=$((${LSB_JOBINDEX:-0} - 1))",
         '_fr_id="${LSB_JOBID}[${LSB_JOBINDEX}]"',
         '_fr_node="${LSB_HOSTS%% *}"',
@@ -131,12 +136,16 @@ def _script(request: ArrayRequest, options: Mapping[str, Any], python: str, plac
         '[ "$_fr_number" -ge 0 ] || { echo "LSF has taken the array as one plain job" >>job-0.log; exit 1; }',
         'exec >>"job-$_fr_number.log" 2>&1 </dev/null',
         f"cd {here} 2>/dev/null || echo {here} is not there on this host: the job runs in {directory}",
-        # The shell waits for the worker, which is told as well, and hands on its exit code.
-        "trap : INT TERM USR2",
+        # The worker is told as well, and the shell waits for it, and hands on its exit code. Before there is
+        # one, it remembers that there is to be none.
+        "trap _fr_ended=130 INT",
+        "trap _fr_ended=140 USR2",
+        "trap _fr_ended=143 TERM",
         *_restored(),
         *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
         *options.get("setup", ()),
         *options.get("pre_submission_commands", ()),
+        '[ -z "$_fr_ended" ] || exit "$_fr_ended"',
         f'{shlex.quote(python)} -u -P -m fractal_runner.executors.batch {directory} "$_fr_number" '
         f'--id "$_fr_id" --node "$_fr_node" --ended-by {_SIGNALS}{warned}',
         "_fr_code=$?",

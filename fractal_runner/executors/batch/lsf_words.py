@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from fractal_runner.executors.batch.scheduler import Cause, JobState, JobStatus
 
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger("fractal_runner")
 
 
 class Dialect(enum.Enum):
@@ -110,7 +110,8 @@ NOT_REFUSED = re.compile(
     "|".join(
         (
             BUSY.pattern,
-            r"[Pp]ending (?:job|slot)s? (?:threshold|limit)",  # of a user or the site: others' jobs make room
+            # Of a user or the site: others' jobs make room.
+            r"[Pp]ending (?:(?:job|slot)s? ){1,2}(?:threshold|limit)",
             r"(?:reached|exceeded) (?:its|the|his) (?:pending |maximum )?(?:job|slot)s?\b.{0,20}limit",
             r"does not have enough per-(?:user|host|processor) job slots",
             r"does not have enough job slots",
@@ -119,6 +120,9 @@ NOT_REFUSED = re.compile(
         )
     )
 )
+
+# What a command says of an option that it does not have.
+USAGE = re.compile(r"\b(?:illegal|invalid|unrecognized) option|^[ \t]{0,20}Usage:", re.MULTILINE)
 
 # What is said of all that was asked for, if there is nothing of it.
 NO_JOBS = re.compile(r"\bNo (?:\w{1,20} )?job found", re.IGNORECASE)
@@ -158,7 +162,8 @@ _USAGE = re.compile(
     r"^[ \t]{0,20}(?:[Uu]sage: {1,8}\S{0,80}bsub\b|bsub: (?:illegal|invalid|unrecognized) option)"
 )
 _UNKNOWN_JOB = re.compile(
-    r"^[ \t]{0,20}Job <([1-9][0-9]{0,18}(?:\[[0-9]{1,9}\])?)> is not found\.?[ \t\r]{0,20}$", re.MULTILINE
+    r"^[ \t]{0,20}Job <([1-9][0-9]{0,18}(?:\[[0-9,-]{1,400}\])?)> is not found\.?[ \t\r]{0,20}$",
+    re.MULTILINE,
 )
 _IBM = re.compile(r"(?:IBM )?(?:Spectrum|Platform) LSF\b")
 _OPENLAVA = re.compile(r"(?:open|volc)lava\b", re.IGNORECASE)
@@ -290,12 +295,12 @@ def read_fields(text: str) -> list[Row]:
 
 
 def read_unknown(text: str) -> set[str]:
-    """The ids, "12" or "12[3]", of which a command says that there are no such jobs."""
+    """The ids, "12", "12[3]" or "12[3-5,7]", of which a command says that there are no such jobs."""
     return set(_UNKNOWN_JOB.findall(text))
 
 
-def cleaned(text: str) -> str:
-    """What a command wrote on stderr, without blank lines and without its asking for patience.
+def without_patience(text: str) -> str:
+    """What a command wrote, without blank lines and without its asking for patience.
 
     If it has asked for nothing else, that stays, once: it is what there is to be said.
     """
@@ -390,4 +395,4 @@ def _number(text: str) -> int | None:
 
 @functools.cache
 def _note_unknown(word: str) -> None:
-    _log.warning("LSF says of a job that it is %r, which is not known here: it counts as running", word)
+    _logger.warning("LSF says of a job that it is %r, which is not known here: it counts as running", word)

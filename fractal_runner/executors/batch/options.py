@@ -6,6 +6,7 @@ line, and nothing in it can become an option or a command that it is not.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -84,7 +85,9 @@ def lines(value: Any) -> tuple[str, ...]:
     Raises:
         ValueError: if they are none.
     """
-    if isinstance(value, str) or not isinstance(value, Sequence):
+    if isinstance(value, str):
+        raise ValueError(f"{value!r} is not a list of lines: write {json.dumps([value])}")
+    if not isinstance(value, Sequence):
         raise ValueError(f"{value!r} is not a list of lines")
     for line in value:
         one_line(line.replace("\t", " ") if isinstance(line, str) else line)
@@ -102,14 +105,14 @@ def names(value: Any) -> tuple[str, ...]:
     )
 
 
-def flag(value: Any) -> bool:
-    """True or False.
+def flag(value: Any, name: str = "") -> bool:
+    """True or False; `name` is for the message, where nobody else says it.
 
     Raises:
         ValueError: if it is neither.
     """
     if not isinstance(value, bool):
-        raise ValueError(f"{value!r} is neither True nor False")
+        raise ValueError(f"{name}{': ' if name else ''}{value!r} is neither True nor False")
     return value
 
 

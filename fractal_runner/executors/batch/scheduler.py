@@ -36,6 +36,7 @@ class Cause(enum.Enum):
     MEMORY = enum.auto()
     NODE = enum.auto()  # it failed, or was lost
     PREEMPTED = enum.auto()
+    REFUSED = enum.auto()  # not what was submitted: another one would become the same
     TIME = enum.auto()
 
 
@@ -100,6 +101,18 @@ class SchedulerError(RuntimeError):
     """
 
 
+class PartlyExplainedError(SchedulerError):
+    """How jobs have ended is not known to the last word.
+
+    Attributes:
+        answers: what is known by now.
+    """
+
+    def __init__(self, message: str, answers: Mapping[str, JobStatus]) -> None:
+        super().__init__(message)
+        self.answers = answers
+
+
 class SubmissionRefusedError(SchedulerError):
     """The scheduler refuses an array, in its own words: it is not submitted, however often it is tried."""
 
@@ -117,11 +130,13 @@ class Scheduler(ABC):
         keeps_waiting: whether a job that has waited, and is not known any more though others of its array
             are, was surely taken out by somebody.
         ignores: options that only other schedulers have, and that a task may be carrying.
+        done_is_proof: whether a job that has ended well, as it says, has surely done all that it has begun.
     """
 
     name: str
     keeps_waiting: bool = False
     ignores: frozenset[str] = frozenset()
+    done_is_proof: bool = True
 
     @property
     @abstractmethod
@@ -182,9 +197,10 @@ class Scheduler(ABC):
             jobs: the ids, each with the name of its array.
 
         Returns:
-            Those of which more can be said than `states` has; all of them `ENDED`.
+            Those of which more can be said than `states` has: how they have ended, or that they have not.
 
         Raises:
+            PartlyExplainedError: if some of the answers are still to come.
             SchedulerError: if there was no answer.
         """
         return {}
@@ -207,16 +223,15 @@ class JobPlace:
 
     Attributes:
         id: the job's id, as `Scheduler.submit` returned it.
-        restart: how many times it was started before; None where the scheduler does not tell.
         node: the node's name, as the scheduler has it.
         ended_by: signals that the scheduler ends a job with.
         warned_by: signals that tell it that its time is nearly over.
-        warned_after: seconds after which that is so, where the scheduler does not tell; None for never.
+        warned_at: when that is so, in seconds since the epoch, where the scheduler does not tell; None for
+            never.
     """
 
     id: str
-    restart: int | None
     node: str
     ended_by: frozenset[int] = frozenset({signal.SIGTERM})
     warned_by: frozenset[int] = frozenset({signal.SIGUSR2})
-    warned_after: float | None = None
+    warned_at: float | None = None

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Unpack
+from typing import ClassVar, Unpack
 
-from fractal_runner.executors.batch.base import BatchExecutor, BatchOptions
+from fractal_runner.executors.batch.base import BatchExecutor, BatchOptions, parsed
 from fractal_runner.executors.batch.slurm_scheduler import SlurmScheduler
+from fractal_runner.quantities import parse_count
 
 
 class SlurmExecutor(BatchExecutor):
@@ -41,6 +42,16 @@ class SlurmExecutor(BatchExecutor):
         TypeError, ValueError: if an argument is not what it should be.
     """
 
+    other_words: ClassVar[Mapping[str, str]] = {
+        "cores": "cpus_per_task",
+        "cpus": "cpus_per_task",
+        "memory": "mem",
+        "project": "account",
+        "queue": "partition",
+        "rerunnable": "requeue",
+        "walltime": "time",
+    }
+
     def __init__(
         self,
         folder: str | os.PathLike[str],
@@ -64,10 +75,11 @@ class SlurmExecutor(BatchExecutor):
         requeue: bool = True,
         python: str | None = None,
         command_prefix: str | Sequence[str] = (),
-        command_timeout: float = 60.0,
+        command_timeout: int | float | str = 60.0,
         max_array: int | None = None,
         **options: Unpack[BatchOptions],
     ) -> None:
+        self._check_words(options)
         scheduler = SlurmScheduler(
             qos=qos,
             gres=gres,
@@ -88,7 +100,7 @@ class SlurmExecutor(BatchExecutor):
         super().__init__(
             scheduler,
             folder,
-            cpus=cpus_per_task,
+            cpus=parsed("cpus_per_task", parse_count, cpus_per_task),
             memory=mem,
             gpus=gpus,
             time=time,

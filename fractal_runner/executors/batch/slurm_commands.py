@@ -6,7 +6,7 @@ import os
 import subprocess
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from fractal_runner.executors.batch.commands import Commands, Run, parse_prefix
+from fractal_runner.executors.batch.commands import Commands, Run, parse_timeout, parse_words
 
 TIMED_OUT = (124, 137)  # timeout(1)
 HINT = "is this a SLURM login node? Load its module there, or say by `command_prefix` how to reach one."
@@ -29,10 +29,17 @@ _SETTINGS = {"SLURM_BITSTR_LEN": "0", "LC_ALL": "C"}
 
 
 def slurm_commands(
-    prefix: str | Sequence[str] = (), timeout: float = 60.0, run: Run = subprocess.run
+    prefix: str | Sequence[str] = (), timeout: int | float | str = 60.0, run: Run = subprocess.run
 ) -> Commands:
     """What runs Slurm's commands."""
-    return Commands(parse_prefix(prefix), timeout, run, HINT, _SETTINGS, variables=_without_slurm)
+    return Commands(
+        prefix=parse_words("command_prefix", prefix),
+        timeout=parse_timeout(timeout),
+        run=run,
+        hint=HINT,
+        settings=_SETTINGS,
+        variables=_without_slurm,
+    )
 
 
 def sbatch(commands: Commands, said: Collection[str]) -> Callable[[str], list[str]]:

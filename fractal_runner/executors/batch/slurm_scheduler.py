@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import Any
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from fractal_runner.executors.batch import slurm_words as words
-from fractal_runner.executors.batch.commands import NOT_FOUND, CommandAnswer, Run, cleaned
+from fractal_runner.executors.batch.commands import NOT_FOUND, CommandAnswer, Run, cleaned, parse_python
 from fractal_runner.executors.batch.scheduler import (
     ArrayRequest,
     JobState,
@@ -91,7 +90,7 @@ class SlurmScheduler(Scheduler):
         requeue: bool = True,
         python: str | None = None,
         command_prefix: str | Sequence[str] = (),
-        command_timeout: float = 60,
+        command_timeout: int | float | str = 60.0,
         max_array: int | None = None,
         run: Run = subprocess.run,
         clock: Callable[[], float] = time.monotonic,
@@ -111,7 +110,7 @@ class SlurmScheduler(Scheduler):
             }
         )
         self._requeue = requeue
-        self._python = sys.executable if python is None else python
+        self._python = parse_python(python)
         self._commands = slurm_commands(command_prefix, command_timeout, run)
         self._max_array = max_array
         self._asking = threading.Lock()

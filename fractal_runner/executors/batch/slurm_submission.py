@@ -132,7 +132,6 @@ class Element(Checkpointable):
         array, number = os.environ["SLURM_ARRAY_JOB_ID"], int(os.environ["SLURM_ARRAY_TASK_ID"])
         place = JobPlace(
             id=f"{array}_{number}",
-            restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
             node=os.environ["SLURMD_NODENAME"],
         )
         run_job(self.directory, number, place)

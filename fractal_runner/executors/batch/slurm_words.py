@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 from fractal_runner.executors.batch.scheduler import Cause, JobState, JobStatus
 
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger("fractal_runner")
 
 # squeue(1), JOB STATE CODES; sacct(1), JOB STATE CODES. The words of both commands.
 STATES: dict[str, JobState] = {
@@ -322,4 +322,4 @@ def _spans(text: str) -> Iterator[range]:
 
 @functools.cache
 def _note_unknown(word: str) -> None:
-    _log.warning("Slurm says of a job that it is %r, which is not known here: it counts as running", word)
+    _logger.warning("Slurm says of a job that it is %r, which is not known here: it counts as running", word)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 
 from fractal_runner.errors import ExecutorError, JobExecutionError
@@ -20,6 +21,11 @@ _REMEDIES: dict[Cause | None, str] = {
     Cause.NODE: "It may succeed on another node.",
     Cause.PREEMPTED: "It may succeed another time.",
     Cause.TIME: "Ask for more time, or put fewer calls into a job.",
+}
+
+_ENDS = {
+    LOST: "is not known to the scheduler any more, and nothing more was heard of it",
+    NO_EVIDENCE: "has ended well, as the scheduler says, and left no record of that call",
 }
 
 
@@ -70,12 +76,6 @@ def of_job(job: Job, item: Item, what: str, *, reason: str, status: JobStatus | 
     )
 
 
-_ENDS = {
-    LOST: "is not known to the scheduler any more, and nothing more was heard of it",
-    NO_EVIDENCE: "has ended well, as the scheduler says, and left no record of that call",
-}
-
-
 def reason_of(job: Job) -> str:
     """In one word, why a job is over."""
     status = job.status
@@ -101,10 +101,10 @@ def never_started(item: Item, job: Job, tries: int) -> JobExecutionError:
         return _said(item, job, f"{what}. The last one, {job.says}, says: {job.closed}")
     error = of_job(job, item, f"{what}; the last one", reason=reason_of(job), status=job.status)
     if not job.log_tail():
-        error.args = (
-            f"{error.args[0]}\nIt has printed nothing: do its nodes see {job.array.files.directory}, and "
-            "can they run the executor's `python`?",
-        )
+        what = f"do its nodes see {job.array.files.directory}, and can they run the executor's `python`?"
+        if os.path.exists(job.log):
+            what = "its script has begun: has a line of `setup` ended it?"
+        error.args = (f"{error.args[0]}\nIt has printed nothing: {what}",)
     return error
 
 

@@ -19,8 +19,8 @@ JOB_PROGRAM = """
 import sys
 from fractal_runner.executors.batch.job import run_job
 from fractal_runner.executors.batch.scheduler import JobPlace
-directory, number, job, restart = sys.argv[1:]
-run_job(directory, int(number), JobPlace(job, int(restart), "here"))
+directory, number, job = sys.argv[1:]
+run_job(directory, int(number), JobPlace(job, "here"))
 """
 
 
@@ -121,13 +121,13 @@ class ProcessScheduler(Scheduler):
             return JobStatus(JobState.RUNNING, node="here")
         return self._ended.get(id, JobStatus(JobState.LOST))
 
-    def _start_some(self, restart: int = 0) -> None:
+    def _start_some(self) -> None:
         while self._queue and len(self._running) < self._places:
             id = self._queue.pop(0)
             request, number = self._jobs[id]
             with (request.directory / f"job-{number}.log").open("ab") as log:
                 process = subprocess.Popen(
-                    [sys.executable, "-c", JOB_PROGRAM, request.seen_as, str(number), id, str(restart)],
+                    [sys.executable, "-c", JOB_PROGRAM, request.seen_as, str(number), id],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
@@ -12,7 +14,13 @@ import pytest
 from fractal_runner.errors import JobExecutionError
 from fractal_runner.executors.batch import following
 from fractal_runner.executors.batch.base import BatchExecutor
-from fractal_runner.executors.batch.scheduler import Cause, JobState, JobStatus, SchedulerError
+from fractal_runner.executors.batch.scheduler import (
+    Cause,
+    JobState,
+    JobStatus,
+    PartlyExplainedError,
+    SchedulerError,
+)
 from fractal_runner.testing import Gate, wait_until
 from fractal_runner.testing._tools import await_running
 from tests.executors.batch.faults import FaultyScheduler, executor_over
@@ -29,9 +37,10 @@ class ExplainingScheduler(FaultyScheduler):
     Attributes:
         reasons_by_id: what it says at length.
         asked_why: what it was asked, in order.
+        may_explain: is waited for within each of these questions.
         dumb: how many of these questions are not answered.
         silent: whether it says nothing of any job.
-        takes_out: `Scheduler.keeps_waiting`.
+        slowness: seconds that each question about jobs takes.
     """
 
     def __init__(self) -> None:
@@ -40,8 +49,12 @@ class ExplainingScheduler(FaultyScheduler):
         self.asked_why: list[dict[str, str]] = []
         self.dumb = 0
         self.silent = False
+        self.slowness = 0.0
+        self.may_explain = threading.Event()
+        self.may_explain.set()
 
     def states(self, jobs: Mapping[str, str]) -> Mapping[str, JobStatus]:
+        time.sleep(self.slowness)  # as a scheduler does
         if self.silent:
             self.asked.append("states")
             return {}
@@ -49,6 +62,7 @@ class ExplainingScheduler(FaultyScheduler):
 
     def explain(self, jobs: Mapping[str, str]) -> Mapping[str, JobStatus]:
         self.asked_why.append(dict(jobs))
+        assert self.may_explain.wait(60)
         if self.dumb:
             self.dumb -= 1
             raise SchedulerError("the history is being written")
@@ -65,6 +79,7 @@ def executor(tmp_path: Path, scheduler: ExplainingScheduler) -> Iterator[BatchEx
     executor = executor_over(scheduler, tmp_path / "jobs", calls_per_job=2)
     yield executor
     scheduler.silent = False
+    scheduler.may_explain.set()
     scheduler.close()
     executor.stop()
     executor.shutdown()
@@ -214,3 +229,74 @@ def test_the_manager_asks_with_the_names_of_the_arrays_and_cancels_with_them(
     assert told
     assert all(jobs == {"1_0": scheduler.requests[0].name} for jobs in told)
     scheduler.close()
+
+
+def test_a_scheduler_that_is_always_being_asked_is_asked_why_all_the_same(
+    executor: BatchExecutor, scheduler: ExplainingScheduler, gate: Gate
+) -> None:
+    lost, other = executor.submit(gate.wait), executor.options(name="other", cpus=2).submit(gate.wait)
+    await_running(lost, other)
+    scheduler.slowness = 1.3  # more than there is between two questions
+    scheduler.reasons_by_id["1_0"] = MEMORY
+    scheduler.kill("1_0", "EXIT")
+    assert error_of(lost).reason == "TERM_MEMLIMIT"
+    gate.open()
+    other.result(PATIENCE_S)
+
+
+def test_a_job_that_was_not_known_for_a_moment_is_followed_on(
+    executor: BatchExecutor, scheduler: ExplainingScheduler, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(following, "_LOST_S", 0.2)
+    future = executor.submit(gate.wait)
+    await_running(future)
+    scheduler.reasons_by_id["1_0"] = JobStatus(JobState.RUNNING, node="here")
+    scheduler.forget("1_0")
+    wait_until(lambda: len(scheduler.asked_why) > 1, "it was asked twice")
+    assert not future.done()
+    gate.open()
+    future.result(PATIENCE_S)
+
+
+def test_a_call_that_is_taken_on_while_its_job_is_asked_about_has_its_reason(
+    tmp_path: Path, scheduler: ExplainingScheduler, gate: Gate
+) -> None:
+    """The job was ended by people: whatever comes when, its calls that have not started run nowhere."""
+    submitter = executor_over(scheduler, tmp_path / "jobs", calls_per_job=3)
+    started = submitter.options(key="a").submit(gate.wait)
+    submitter.options(key="b").submit(abs, -1)
+    await_running(started)
+    other = executor_over(scheduler, tmp_path / "jobs")
+    first = other.attach("a")
+    assert first is not None
+    scheduler.reasons_by_id["1_0"] = JobStatus(JobState.ENDED, "TERM_OWNER", cause=Cause.CANCELLED)
+    scheduler.may_explain.clear()
+    scheduler.kill("1_0", "EXIT")
+    wait_until(lambda: len(scheduler.asked_why) > 1, "both are asking")
+    second = other.attach("b")
+    assert second is not None
+    scheduler.may_explain.set()
+    assert error_of(first).reason == error_of(second).reason == "TERM_OWNER"
+    assert len(scheduler.requests) == 1
+    submitter.shutdown()
+    other.shutdown()
+    scheduler.close()
+
+
+def test_what_is_known_by_then_stays_when_the_rest_never_comes(
+    executor: BatchExecutor, scheduler: ExplainingScheduler, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(following, "_UNDECIDED_S", 0.5)
+    known = {"1_0": JobStatus(JobState.ENDED, "SIGKILL", -9)}
+    monkeypatch.setattr(scheduler, "explain", _partly(known))
+    future = executor.submit(gate.wait)
+    await_running(future)
+    scheduler.kill("1_0", "EXIT")
+    assert (error_of(future).reason, error_of(future).returncode) == ("SIGKILL", -9)
+
+
+def _partly(known: Mapping[str, JobStatus]) -> Callable[[Mapping[str, str]], Mapping[str, JobStatus]]:
+    def explain(jobs: Mapping[str, str]) -> Mapping[str, JobStatus]:
+        raise PartlyExplainedError("the history is being written", known)
+
+    return explain

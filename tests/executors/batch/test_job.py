@@ -47,7 +47,7 @@ class Jobs:
 
     def start(self, id: str = "1_0", directory: str | None = None) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [sys.executable, "-c", JOB_PROGRAM, directory or self.files.directory, "0", id, "0"],
+            [sys.executable, "-c", JOB_PROGRAM, directory or self.files.directory, "0", id],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -237,7 +237,7 @@ def test_a_job_of_other_versions_refuses_and_names_both(
         if part == "package":
             patch.setattr(fractal_runner, "__version__", version)
         else:
-            patch.setattr("platform.python_version", lambda: version)
+            patch.setattr("fractal_runner.executors.batch.payload.PYTHON", version)
         jobs.give(noting(tmp_path / "runs"))
     jobs.run()
     ((kind, _),) = jobs.story()

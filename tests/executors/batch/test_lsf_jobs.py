@@ -191,7 +191,6 @@ def test_bhist_tells_of_jobs_that_bjobs_has_forgotten() -> None:
     "bhist",
     [
         (255, "No matching job found\n", ""),
-        (0, "", ""),
         (0, long("12[1]", "fr-1", CODE_3, status=None), ""),  # of a run before, it may be
         None,
     ],
@@ -214,9 +213,10 @@ def test_what_is_said_of_others_jobs_explains_nothing() -> None:
 
 
 @pytest.mark.parametrize("status", ["RUN", "PEND", "UNKWN", "SSUSP"])
-def test_only_ends_are_explanations(status: str) -> None:
+def test_a_job_that_has_not_ended_is_told_to_be_there(status: str) -> None:
     run = Recorded(bjobs_long=(0, long("12[1]", "fr-1", status=status), ""), bhist=NONE_FOUND)
-    assert LsfScheduler(run=run).explain(named("12[1]")) == {}
+    assert LsfScheduler(run=run).explain(named("12[1]"))["12[1]"].state is not ENDED
+    assert "bhist" not in run.kinds
 
 
 @pytest.mark.parametrize("kind", ["bjobs_long", "bhist"])

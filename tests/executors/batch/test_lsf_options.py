@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from fractal_runner.executors.batch.lsf_options import OPTIONS, hosts_of, requirement
@@ -75,7 +75,18 @@ def test_options_that_say_nothing_are_left_out() -> None:
         ({"cores": 5}, TypeError, "a call says it by `cpus`"),
         ({"mem": 5}, TypeError, "a call says it by `memory`"),
         ({"zzz": 5}, TypeError, "known are 'bsub_extra', 'env', "),
-        ({"bsub_extra": "-app chem"}, ValueError, "bsub_extra: '-app chem' is not a list of lines"),
+        (
+            {"bsub_extra": "-app 'chem"},
+            ValueError,
+            'bsub_extra: "-app \'chem" cannot be taken apart: No closing',
+        ),
+        ({"bsub_extra": ["-sp 10"]}, ValueError, r"bsub_extra: '-sp 10' is two words: write \["),
+        ({"setup": "module load x"}, ValueError, r"setup: 'module load x' is not a list of lines: write \["),
+        (
+            {"resource_requirements": ["a", "{b} || {c}"]},
+            ValueError,
+            r"resource_requirements: alternatives, .* go with no other",
+        ),
         ({"bsub_extra": ["chem"]}, ValueError, "'chem' is no option: bsub would take it for the command"),
         ({"bsub_extra": [""]}, ValueError, "'' is no option"),
         ({"bsub_extra": [" -J", "x"]}, ValueError, "' -J' is no option"),
@@ -262,6 +273,7 @@ _HOSTS = st.lists(st.text(alphabet="abn019-._, ", max_size=9), max_size=3)
 def test_whatever_is_required_its_brackets_balance(
     texts: list[str], hosts: list[str], memory: int | None, cpus: int
 ) -> None:
+    assume(sum(map(bool, map(str.strip, texts))) < 2 or not any("{" in text for text in texts))
     own = OPTIONS.parse({"resource_requirements": texts}).get("resource_requirements", ())
     excluded = OPTIONS.parse({"exclude": hosts}).get("exclude", ())
     made = requirement(own, excluded=excluded, memory=memory)

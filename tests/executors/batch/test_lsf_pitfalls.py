@@ -12,7 +12,13 @@ from fractal_runner.executors.batch.lsf_options import OPTIONS, requirement
 from fractal_runner.executors.batch.lsf_scheduler import LsfScheduler
 from fractal_runner.executors.batch.lsf_submission import UNITS, MemoryTerms, bsub_words
 from fractal_runner.executors.batch.lsf_words import Dialect
-from fractal_runner.executors.batch.scheduler import JobState, SchedulerError, SubmissionRefusedError
+from fractal_runner.executors.batch.scheduler import (
+    Cause,
+    JobState,
+    PartlyExplainedError,
+    SchedulerError,
+    SubmissionRefusedError,
+)
 from tests.executors.batch.lsf_recorded import (
     DOWN,
     IBM,
@@ -124,11 +130,13 @@ def test_commands_may_have_words_of_their_own() -> None:
     assert run.commands[0] == ["/opt/lsid"]
 
 
-@pytest.mark.parametrize("bhist", [subprocess.TimeoutExpired("bhist", 60), DOWN])
+@pytest.mark.parametrize("bhist", [subprocess.TimeoutExpired("bhist", 60), DOWN, (0, "", "")])
 def test_what_bjobs_has_explained_is_kept_if_bhist_does_not_answer(bhist: Any) -> None:
     said = long("12[1]", "fr-1", CODE_3) + long("12[2]", "fr-1", CODE_130)
     run = Recorded(bjobs_long=(0, said, ""), bhist=bhist)
-    assert LsfScheduler(run=run).explain(named("12[1]", "12[2]"))["12[1]"].returncode == 3
+    with pytest.raises(PartlyExplainedError) as caught:
+        LsfScheduler(run=run).explain(named("12[1]", "12[2]"))
+    assert caught.value.answers["12[1]"].returncode == 3
 
 
 @pytest.mark.parametrize("answer", [None, (255, "", "Permission denied (publickey).\n")])
@@ -221,3 +229,39 @@ def test_gpus_are_asked_for_whatever_else_has_gpu_in_its_name(extra: Any) -> Non
 def test_the_nearest_unit_is_named(unit: Any, near: str) -> None:
     with pytest.raises(ValueError, match=f"did you mean '{near}'"):
         LsfScheduler(memory_unit=unit)
+
+
+def test_a_command_that_is_not_there_is_said_at_once_whatever_an_array_asks_for(tmp_path: Path) -> None:
+    run = Recorded(lsid=None, bjobs_version=None, bsub=None)
+    with pytest.raises(SubmissionRefusedError, match="bjobs was not found: is this a login node"):
+        LsfScheduler(run=run).submit(array_request(tmp_path, memory=4 * 1024**2))
+
+
+def test_a_job_that_was_removed_by_force_was_ended_by_people() -> None:
+    """bkill -r: bjobs has no more to say of it than of one whose host was lost."""
+    forced = "Signal <KILL> requested by user or administrator <ada>;"
+    said = long("12[1]", "fr-1", "Exited")
+    bhist = long("12[1]", "fr-1", forced, "Exited", status=None)
+    states = LsfScheduler(run=Recorded(bjobs_long=(0, said, ""), bhist=(0, bhist, ""))).explain(
+        named("12[1]")
+    )
+    assert states["12[1]"].reason == "TERM_OWNER"
+
+
+def test_an_lsf_of_ibms_that_has_no_fields_is_asked_as_the_others_are() -> None:
+    usage = (255, "", "bjobs: illegal option -- o\nUsage: bjobs [-h] [-V] [-w |-l] [-a]\n")
+    answers = iter([usage, rows(row(12, "fr-1[1]")), rows(row(12, "fr-1[1]"))])
+    run = Recorded(lsid=(0, "Platform LSF 8.0.1.0, Jun 15 2011\n", ""), bjobs=lambda _: next(answers))
+    scheduler = LsfScheduler(run=run)
+    for _ in range(2):
+        assert scheduler.states(named("12[1]"))["12[1]"].state is JobState.RUNNING
+    assert [words[1] for words in run.of("bjobs")] == ["-noheader", "-w", "-w"]
+
+
+def test_an_array_that_was_taken_as_a_job_is_ended(tmp_path: Path) -> None:
+    run = Recorded(bsub=SUBMITTED, bjobs=rows(row(12, "fr-1[1-3]")), bkill=KILLED)
+    scheduler = LsfScheduler(run=run)
+    ids = scheduler.submit(array_request(tmp_path, count=3))
+    states = scheduler.states(named(*ids))
+    assert {(status.reason, status.cause) for status in states.values()} == {("NOT_AN_ARRAY", Cause.REFUSED)}
+    assert run.of("bkill") == [["bkill", "12"]]

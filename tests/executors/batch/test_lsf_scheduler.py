@@ -210,6 +210,7 @@ def test_a_command_that_may_not_be_run_is_an_error(tmp_path: Path) -> None:
         (IBM, "LSF_UNIT_FOR_LIMITS=MB\n", {}, ("2048", "2048")),
         (IBM, 'A=1\n  LSF_UNIT_FOR_LIMITS = "GB"  # of the site\nB=2\n', {}, ("2", "2")),
         (IBM, "LSF_UNIT_FOR_LIMITS='GB'\n", {}, ("2", "2")),
+        (IBM, "LSF_UNIT_FOR_LIMITS=g\n", {}, ("2", "2")),
         (IBM, "#LSF_UNIT_FOR_LIMITS=GB\n# LSF_UNIT_FOR_LIMITS=TB\n", {}, ("2097152", "2048")),
         (IBM, "LSF_UNIT_FOR_LIMITS=GB\nLSF_UNIT_FOR_LIMITS=MB\n", {}, ("2048", "2048")),
         (IBM, "LSF_UNIT_FOR_LIMITS=bananas\nOTHER_LSF_UNIT_FOR_LIMITS=GB\n", {}, ("2097152", "2048")),
@@ -217,7 +218,7 @@ def test_a_command_that_may_not_be_run_is_an_error(tmp_path: Path) -> None:
         (IBM, "A=\udcff\nLSF_UNIT_FOR_LIMITS=MB\n", {}, ("2048", "2048")),
         (IBM, "LSF_UNIT_FOR_LIMITS=GB\n", {"memory_unit": "KB"}, ("2097152", "2097152")),
         (OPEN, None, {"memory_unit": "GB"}, ("2", "2")),
-        (OPEN, None, {"memory_per": "task"}, ("1024", "1024")),
+        (OPEN, None, {"memory_per": "task"}, ("2048", "1024")),
         (IBM, "LSF_UNIT_FOR_LIMITS=GB\n", {"command_prefix": "env"}, ("2097152", "2048")),
     ],
 )

@@ -167,8 +167,8 @@ def test_the_worker_is_told_its_number_its_id_and_its_host(site: Site) -> None:
 def test_the_worker_is_told_when_its_time_will_be_over(site: Site) -> None:
     site.submit(time=3600)
     assert site.run() == 0
-    assert site.seen["words"][-2] == "--warned-after"
-    assert 0 < float(site.seen["words"][-1]) < 3600
+    assert site.seen["words"][-2] == "--warned-at"
+    assert 0 < float(site.seen["words"][-1]) - time.time() < 3600
 
 
 @pytest.mark.parametrize("hosts", [None, "", "n1"])
@@ -342,9 +342,12 @@ def test_bkills_signals_one_after_the_other_leave_the_end_to_the_worker(site: Si
         assert shell.wait(DEADLINE_S) == 3
 
 
-def test_a_signal_during_the_setup_does_not_keep_the_worker_from_its_own_end(site: Site) -> None:
-    site.submit(setup=["kill -USR2 $$", "kill -TERM $$", "kill -INT $$"])
-    assert site.run(WORKER_CODE="4") == 4
+@pytest.mark.parametrize(("name", "code"), [("INT", 130), ("TERM", 143), ("USR2", 140)])
+def test_after_a_signal_during_the_setup_there_is_no_worker(name: str, code: int, site: Site) -> None:
+    site.submit(setup=[f"kill -{name} $$", "echo set up"])
+    assert site.run(WORKER_CODE="4") == code
+    assert site.log.splitlines() == ["set up"]
+    assert not (site.bin / "seen.json").exists()
 
 
 # What the worker's program makes of it.
@@ -367,12 +370,14 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[str]], list[Any
 def test_the_program_understands_the_script(site: Site, start: Callable[[Sequence[str]], list[Any]]) -> None:
     site.submit(time=600)
     assert site.run() == 0
-    place = JobPlace("12[3]", None, "n1.site", ended_by=TOLD, warned_by=frozenset(), warned_after=540.0)
+    place = JobPlace(
+        "12[3]", "n1.site", ended_by=TOLD, warned_by=frozenset(), warned_at=float(site.seen["words"][-1])
+    )
     assert start(site.seen["words"][4:]) == [(str(site.directory), 2, place)]
 
 
 def test_the_program_needs_no_more_than_an_id(start: Callable[[Sequence[str]], list[Any]]) -> None:
-    place = JobPlace("9[1]", None, host_name(), warned_by=frozenset())
+    place = JobPlace("9[1]", host_name(), warned_by=frozenset())
     assert start(["/d", "0", "--id", "9[1]", "--node", ""]) == [("/d", 0, place)]
 
 
@@ -387,7 +392,7 @@ def test_a_program_may_be_warned_by_signals(start: Callable[[Sequence[str]], lis
         ([], "required: directory, number, --id"),
         (["/d", "0"], "required: --id"),
         (["/d", "x", "--id", "1"], "argument number: invalid int value: 'x'"),
-        (["/d", "0", "--id", "1", "--warned-after", "soon"], "--warned-after: invalid float value: 'soon'"),
+        (["/d", "0", "--id", "1", "--warned-at", "soon"], "--warned-at: invalid float value: 'soon'"),
         (["/d", "0", "1", "--id", "1"], "unrecognized arguments: 1"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import stat
 from collections.abc import Mapping
@@ -114,9 +115,11 @@ def test_limits_and_reservations_may_have_different_units() -> None:
         ("task", "span[hosts=1]", "1000"),
     ],
 )
-def test_memory_is_that_of_the_job_of_a_host_or_of_a_task(per: Any, spread: str, amount: str) -> None:
+def test_what_is_reserved_is_of_the_job_of_a_host_or_of_a_task_and_the_limit_is_the_jobs(
+    per: Any, spread: str, amount: str
+) -> None:
     words = said({"resource_requirements": spread}, terms=MemoryTerms(MB, MB, per), cpus=8, memory=8000 * MB)
-    assert value_of("-M", words) == amount
+    assert value_of("-M", words) == "8000"
     assert value_of("-R", words) == f"rusage[mem={amount}] {spread}"
 
 
@@ -134,8 +137,13 @@ def test_a_users_reservation_of_memory_counts_beside_the_limit() -> None:
 def test_no_job_gets_less_memory_than_it_needs(amount: int, cpus: int, unit: str, per: Any) -> None:
     words = said(terms=MemoryTerms(UNITS[unit], UNITS[unit], per), cpus=cpus, memory=amount)
     shares = cpus if per == "task" else 1
-    assert int(value_of("-M", words)) * UNITS[unit] * shares >= amount
-    assert (int(value_of("-M", words)) - 1) * UNITS[unit] * shares < amount
+    reserved = int(re.findall(r"mem=(\d+)", value_of("-R", words))[0])
+    for number, times in ((int(value_of("-M", words)), 1), (reserved, shares)):
+        assert (
+            number * UNITS[unit] * times
+            >= amount * (1 - 1e-12)
+            > (number - 1) * UNITS[unit] * times * (1 - 1e-9)
+        )
 
 
 @given(st.floats(0.001, 10**8))
@@ -240,7 +248,7 @@ def test_a_path_with_which_a_line_would_end_is_refused(seen_as: str, tmp_path: P
 
 def test_a_job_is_warned_only_if_it_has_a_time(tmp_path: Path) -> None:
     write_script(array_request(tmp_path), {}, python="py")
-    assert "--warned-after" not in (tmp_path / "job.sh").read_text()
+    assert "--warned-at" not in (tmp_path / "job.sh").read_text()
 
 
 @pytest.mark.parametrize(("seconds", "limit"), [(1, 60), (60, 60), (61, 120), (3600, 3600), (86_400, 86_400)])
@@ -249,8 +257,8 @@ def test_a_job_is_warned_before_the_limit_that_lsf_has_for_it(
 ) -> None:
     write_script(array_request(tmp_path, time=seconds), {}, python="py")
     script = (tmp_path / "job.sh").read_text()
-    [warned] = [line for line in script.splitlines() if "--warned-after" in line]
-    assert float(warned.rpartition(" ")[2]) == limit - lead_s(limit) < limit
+    [seconds_after] = re.findall(r" --warned-at \$\(\(_fr_begun \+ (\d+)\)\)", script)
+    assert int(seconds_after) == int(limit - lead_s(limit)) < limit
 
 
 def test_a_directory_that_cannot_be_written_to_is_an_error(tmp_path: Path) -> None:

@@ -973,7 +973,7 @@ def test_an_element_runs_its_job(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(f"SLURM_{name}", value)
     monkeypatch.setenv("SLURMD_NODENAME", "n1")
     pickle.loads(pickle.dumps(Element("/shared/a")))()
-    assert ran == [("/shared/a", 3, JobPlace(id="12_3", restart=2, node="n1"))]
+    assert ran == [("/shared/a", 3, JobPlace(id="12_3", node="n1"))]
 
 
 def run_script(sbatch: Path, **environment: str) -> subprocess.Popen[str]:

@@ -30,9 +30,10 @@ import sys, types
 job = types.ModuleType("fractal_runner.executors.batch.job")
 
 def run_job(directory, number, place):
-    import json, pathlib, time
+    import json, os, pathlib, time
     directory = pathlib.Path(directory)
-    place = {"id": place.id, "restart": place.restart, "node": place.node}
+    restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    place = {"id": place.id, "restart": restart, "node": place.node}
     (directory / f"place-{number}.new").write_text(json.dumps(place))
     (directory / f"place-{number}.new").rename(directory / f"place-{number}")
     while not (directory / "go").exists():
