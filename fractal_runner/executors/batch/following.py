@@ -349,11 +349,12 @@ class Following:
     def _learn_why(self, jobs: Sequence[Job], answers: Mapping[str, JobStatus]) -> None:
         self._settle_at = self._clock()
         for job in self._still_unexplained(jobs):
-            job.status = answers.get(str(job.id), job.status)
-            if job.status is not None and job.status.state in (JobState.QUEUED, JobState.RUNNING):
+            answer = answers.get(str(job.id))
+            if answer is not None and answer.state in (JobState.QUEUED, JobState.RUNNING):
                 job.follow_on()  # it was only for a moment that it was not known
             else:
                 job.is_explained = True
+            job.status = answer or job.status
 
     def _no_reasons(self, jobs: Sequence[Job], error: Exception) -> None:
         """It is asked for a while, as the answer may change what becomes of the calls."""

@@ -62,7 +62,8 @@ class JobSeen:
 def read_calls(file: Path) -> list[ClientCall]:
     """The calls that clients wrote down; one that has not ended has only the first of its two lines."""
     try:
-        lines = file.read_text().splitlines()
+        text = file.read_text()
+        lines = text[: text.rfind("\n") + 1].splitlines()  # the last one may be being written
     except FileNotFoundError:
         return []
     found: dict[str, dict[str, Any]] = {}
