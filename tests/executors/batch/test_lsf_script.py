@@ -361,6 +361,7 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[str]], list[Any
         ran: list[Any] = []
         monkeypatch.setattr("fractal_runner.executors.batch.job.run_job", lambda *said: ran.append(said))
         monkeypatch.setattr(sys, "argv", ["x", *words])
+        monkeypatch.setattr(os, "_exit", lambda _: None)  # its last word, which is for a process of its own
         runpy.run_module(MODULE, run_name="__main__")
         return ran
 
