@@ -17,7 +17,7 @@ import functools
 import json
 import os
 import pickle
-import sys
+import platform
 import time
 import zlib
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ from fractal_runner.executors.batch.files import open_ours, put, read_at
 _MAGIC = b"FRPAYLOAD2 "
 _START = len(_MAGIC) + 16 + 1 + 8 + 1
 
-PYTHON = ".".join(map(str, sys.version_info[:3]))
+PYTHON = platform.python_version()
 
 
 @dataclass(frozen=True, slots=True)
