@@ -18,6 +18,7 @@ import json
 import os
 import pickle
 import platform
+import sys
 import time
 import zlib
 from collections.abc import Mapping, Sequence
