@@ -1,11 +1,13 @@
-"""A job of a cluster, from its script: `python -m fractal_runner.executors.batch DIRECTORY NUMBER …`.
+"""A job of a cluster, from its script: `python -m fractal_runner.executors.batch DIRECTORY NUMBER ID …`.
 
-For schedulers whose scripts are our own. What follows the two is what `JobPlace` has.
+For schedulers whose scripts are our own. The words are, in this order: the array's directory, which of its
+jobs this is, and what `JobPlace` has: its id, its node ("" for this host's own name), the signals that end it
+("INT,TERM"), those that warn it, and when it is to take itself for warned ("" for never). The script is the
+only one who says them, and each job would wait for a library that reads options.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import sys
@@ -15,35 +17,24 @@ from fractal_runner.executors.batch.scheduler import JobPlace
 from fractal_runner.worker.processes import host_name
 
 
-def main() -> None:
-    """Run the job that the command line names."""
-    parser = argparse.ArgumentParser("python -m fractal_runner.executors.batch", description=run_job.__doc__)
-    parser.add_argument("directory")
-    parser.add_argument("number", type=int)
-    parser.add_argument("--id", required=True)
-    parser.add_argument("--node", help="as the scheduler calls it")
-    parser.add_argument("--ended-by", type=_signals, default=frozenset({signal.SIGTERM}), metavar="TERM,INT")
-    parser.add_argument("--warned-by", type=_signals, default=frozenset(), metavar="USR2")
-    parser.add_argument("--warned-at", type=float, metavar="EPOCH")
-    said = parser.parse_args()
+def main(words: list[str]) -> None:
+    """Run the job that these words name."""
+    directory, number, id, node, ended_by, warned_by, warned_at = words
     place = JobPlace(
-        id=said.id,
-        node=said.node or host_name(),
-        ended_by=said.ended_by,
-        warned_by=said.warned_by,
-        warned_at=said.warned_at,
+        id=id,
+        node=node or host_name(),
+        ended_by=_signals(ended_by),
+        warned_by=_signals(warned_by),
+        warned_at=float(warned_at) if warned_at else None,
     )
-    run_job(said.directory, said.number, place)
+    run_job(directory, int(number), place)
 
 
 def _signals(text: str) -> frozenset[int]:
-    try:
-        return frozenset(signal.Signals[f"SIG{name}"] for name in text.split(","))
-    except KeyError as error:
-        raise argparse.ArgumentTypeError(f"there is no signal {error}") from None
+    return frozenset(signal.Signals[f"SIG{name}"] for name in text.split(",") if name)
 
 
-main()
+main(sys.argv[1:])
 # Nothing of anybody's runs in this process, and to take it apart is a third of what a small job costs.
 sys.stdout.flush()
 sys.stderr.flush()

@@ -32,6 +32,9 @@ UNITS: dict[str, int] = {
 # For our own commands: one attempt, as whoever asks has time, and asks again; and in no other language.
 SETTINGS = {"LSB_NTRIES": "1", "LC_ALL": "C"}
 _SCRIPT = "job.sh"
+# People's lines are mostly written for bash, and their clusters' modules for it as well.
+_LINES = ("setup", "pre_submission_commands", "teardown")
+_IN_BASH = 'if [ -z "${BASH_VERSION:-}" ] && command -v bash >/dev/null; then exec bash "$0"; fi'
 _SIGNALS = "INT,TERM,USR2"  # bkill's, in that order, and what a job gets whose time is up
 
 
@@ -120,15 +123,15 @@ def _script(request: ArrayRequest, options: Mapping[str, Any], python: str, plac
     warned = ""
     if request.time is not None:
         seconds = _minutes(request.time) * 60
-        warned = f" --warned-at $((_fr_begun + {int(seconds - lead_s(seconds))}))"
+        warned = f"$((_fr_begun + {int(seconds - lead_s(seconds))}))"
     steps = [
         "#!/bin/sh",
         f"# The jobs of {request.name}. LSF says which one this is.",
-        # People's lines are mostly written for bash, and their clusters' modules for it as well.
-        'if [ -z "${BASH_VERSION:-}" ] && command -v bash >/dev/null; then exec bash "$0"; fi',
+        *([_IN_BASH] if any(map(options.get, _LINES)) else []),
         f"cd {directory} || exit",  # LSF itself would go on in /tmp
         # Kept before anybody's lines: these may have variables of any name but ours.
-        "_fr_begun=$(date +%s) _fr_ended=",
+        "_fr_ended=",
+        *(["_fr_begun=$(date +%s)"] if warned else []),
         "_fr_number=$((${LSB_JOBINDEX:-0} - 1))",
         '_fr_id="${LSB_JOBID}[${LSB_JOBINDEX}]"',
         '_fr_node="${LSB_HOSTS%% *}"',
@@ -147,7 +150,7 @@ def _script(request: ArrayRequest, options: Mapping[str, Any], python: str, plac
         *options.get("pre_submission_commands", ()),
         '[ -z "$_fr_ended" ] || exit "$_fr_ended"',
         f'{shlex.quote(python)} -u -P -m fractal_runner.executors.batch {directory} "$_fr_number" '
-        f'--id "$_fr_id" --node "$_fr_node" --ended-by {_SIGNALS}{warned}',
+        f'"$_fr_id" "$_fr_node" {_SIGNALS} "" "{warned}"',
         "_fr_code=$?",
         *options.get("teardown", ()),
         'exit "$_fr_code"',

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,13 +24,15 @@ pytestmark = pytest.mark.timeout(120)
 class ScriptJobs(Jobs):
     """Jobs that are started as a script starts them."""
 
-    said_by: tuple[str, ...] = ()
+    node = ""
+    ended_by = "TERM"
+    warned_at = ""
 
     def start(self, id: str = "7[1]", directory: str | None = None) -> subprocess.Popen[str]:
         process = subprocess.Popen(
             [
                 *(sys.executable, "-P", "-m", "fractal_runner.executors.batch"),
-                *(directory or self.files.directory, "0", "--id", id, *self.said_by),
+                *(directory or self.files.directory, "0", id, self.node, self.ended_by, "", self.warned_at),
             ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -58,7 +60,7 @@ def gate(tmp_path: Path) -> Gate:
 
 
 def test_it_says_which_job_it_is_and_where(jobs: ScriptJobs) -> None:
-    jobs.said_by = ("--node", "host7")
+    jobs.node = "host7"
     jobs.give(lambda: os.environ["FRACTAL_RUNNER_NODE"])
     assert jobs.run() == ""
     (said,) = [record for record in jobs.said() if record.kind == Kind.JOB]
@@ -71,7 +73,7 @@ def test_it_says_which_job_it_is_and_where(jobs: ScriptJobs) -> None:
 def test_each_signal_that_may_end_it_ends_it_without_a_word_about_what_runs(
     jobs: ScriptJobs, gate: Gate, number: int
 ) -> None:
-    jobs.said_by = ("--ended-by", "INT,TERM,USR2")
+    jobs.ended_by = "INT,TERM,USR2"
     jobs.give(gate.wait, lambda: None)
     process = jobs.start()
     gate.await_arrivals(1)
@@ -84,7 +86,7 @@ def test_each_signal_that_may_end_it_ends_it_without_a_word_about_what_runs(
 def test_a_worker_that_the_scheduler_has_ended_first_is_no_failure_of_its_call(
     jobs: ScriptJobs, gate: Gate
 ) -> None:
-    jobs.said_by = ("--ended-by", "INT,TERM,USR2")
+    jobs.ended_by = "INT,TERM,USR2"
     jobs.give(gate.wait)
     process = jobs.start()
     gate.await_arrivals(1)
@@ -116,7 +118,7 @@ def test_a_unit_that_was_interrupted_with_its_job_has_not_failed_by_itself(
         time.sleep(0.2)  # as long as a command takes to leave
         return UnitResult(key="unit", returncode=1)
 
-    jobs.said_by = ("--ended-by", "INT,TERM")
+    jobs.ended_by = "INT,TERM"
     jobs.give(unit)
     process = jobs.start()
     gate.await_arrivals(1)
@@ -127,11 +129,11 @@ def test_a_unit_that_was_interrupted_with_its_job_has_not_failed_by_itself(
 
 
 def test_by_its_clock_it_starts_nothing_more_when_time_is_nearly_over(jobs: ScriptJobs, gate: Gate) -> None:
-    jobs.said_by = ("--warned-at", str(time.time() + 2))
+    jobs.warned_at = str(time.time() + 2)
     jobs.give(gate.wait, lambda: None)
     process = jobs.start()
     gate.await_arrivals(1)
-    wait_until(lambda: time.time() > float(jobs.said_by[1]), "its time is nearly over")
+    wait_until(lambda: time.time() > float(jobs.warned_at), "its time is nearly over")
     gate.open()
     process.wait(PATIENCE_S)
     assert jobs.ends() == [0]
@@ -139,14 +141,14 @@ def test_by_its_clock_it_starts_nothing_more_when_time_is_nearly_over(jobs: Scri
 
 
 def test_one_that_has_hardly_any_time_does_one_call_all_the_same(jobs: ScriptJobs) -> None:
-    jobs.said_by = ("--warned-at", "0")
+    jobs.warned_at = "0"
     jobs.give(lambda: None, lambda: None)
     jobs.run()
     assert jobs.ends() == [0]
 
 
 def test_the_same_job_started_again_goes_on_with_what_has_not_ended(jobs: ScriptJobs, gate: Gate) -> None:
-    jobs.said_by = ("--ended-by", "INT,TERM")
+    jobs.ended_by = "INT,TERM"
     jobs.give(lambda: 1, gate.wait)
     process = jobs.start()
     gate.await_arrivals(1)
@@ -162,29 +164,3 @@ def test_another_job_for_the_same_work_does_nothing(jobs: ScriptJobs) -> None:
     jobs.run()
     assert "Nothing to do" in jobs.run("8[1]")
     assert jobs.ends() == [0]
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [(["--ended-by", "NONSENSE"], "NONSENSE"), (["--warned-at", "soon"], "soon"), ([], "--id")],
-)
-def test_a_script_that_says_nonsense_is_answered(
-    words: list[str], said: str, tmp_path: Path, make_command: Callable[..., subprocess.CompletedProcess[str]]
-) -> None:
-    answer = make_command(str(tmp_path), "0", *words)
-    assert answer.returncode == 2
-    assert said in answer.stderr
-
-
-@pytest.fixture
-def make_command() -> Callable[..., subprocess.CompletedProcess[str]]:
-    def command(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "fractal_runner.executors.batch", *words],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-
-    return command

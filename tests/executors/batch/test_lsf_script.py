@@ -160,14 +160,13 @@ def test_the_worker_is_told_its_number_its_id_and_its_host(site: Site) -> None:
     assert site.run() == 0
     assert site.seen["words"] == [
         *("-u", "-P", "-m", MODULE, str(site.directory), "2"),
-        *("--id", "12[3]", "--node", "n1.site", "--ended-by", "INT,TERM,USR2"),
+        *("12[3]", "n1.site", "INT,TERM,USR2", "", ""),
     ]
 
 
 def test_the_worker_is_told_when_its_time_will_be_over(site: Site) -> None:
     site.submit(time=3600)
     assert site.run() == 0
-    assert site.seen["words"][-2] == "--warned-at"
     assert 0 < float(site.seen["words"][-1]) - time.time() < 3600
 
 
@@ -175,7 +174,7 @@ def test_the_worker_is_told_when_its_time_will_be_over(site: Site) -> None:
 def test_lsf_may_name_one_host_or_none(hosts: str | None, site: Site) -> None:
     site.submit()
     assert site.run(LSB_HOSTS=hosts) == 0
-    assert site.seen["words"][9] == (hosts or "")
+    assert site.seen["words"][7] == (hosts or "")
 
 
 def test_the_job_runs_where_it_was_submitted_and_reads_nothing(site: Site) -> None:
@@ -377,32 +376,11 @@ def test_the_program_understands_the_script(site: Site, start: Callable[[Sequenc
     assert start(site.seen["words"][4:]) == [(str(site.directory), 2, place)]
 
 
-def test_the_program_needs_no_more_than_an_id(start: Callable[[Sequence[str]], list[Any]]) -> None:
+def test_the_program_knows_its_host_by_itself(start: Callable[[Sequence[str]], list[Any]]) -> None:
     place = JobPlace("9[1]", host_name(), warned_by=frozenset())
-    assert start(["/d", "0", "--id", "9[1]", "--node", ""]) == [("/d", 0, place)]
+    assert start(["/d", "0", "9[1]", "", "TERM", "", ""]) == [("/d", 0, place)]
 
 
 def test_a_program_may_be_warned_by_signals(start: Callable[[Sequence[str]], list[Any]]) -> None:
-    [(_, _, place)] = start(["/d", "0", "--id", "9[1]", "--warned-by", "USR2,XCPU"])
+    [(_, _, place)] = start(["/d", "0", "9[1]", "", "TERM", "USR2,XCPU", ""])
     assert place.warned_by == {signal.SIGUSR2, signal.SIGXCPU}
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ([], "required: directory, number, --id"),
-        (["/d", "0"], "required: --id"),
-        (["/d", "x", "--id", "1"], "argument number: invalid int value: 'x'"),
-        (["/d", "0", "--id", "1", "--warned-at", "soon"], "--warned-at: invalid float value: 'soon'"),
-        (["/d", "0", "1", "--id", "1"], "unrecognized arguments: 1"),
-    ],
-)
-def test_a_program_that_is_told_nonsense_says_so(
-    words: list[str],
-    message: str,
-    start: Callable[[Sequence[str]], list[Any]],
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    with pytest.raises(SystemExit):
-        start(words)
-    assert message in capsys.readouterr().err

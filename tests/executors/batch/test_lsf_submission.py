@@ -248,7 +248,7 @@ def test_a_path_with_which_a_line_would_end_is_refused(seen_as: str, tmp_path: P
 
 def test_a_job_is_warned_only_if_it_has_a_time(tmp_path: Path) -> None:
     write_script(array_request(tmp_path), {}, python="py")
-    assert "--warned-at" not in (tmp_path / "job.sh").read_text()
+    assert "_fr_begun" not in (tmp_path / "job.sh").read_text()
 
 
 @pytest.mark.parametrize(("seconds", "limit"), [(1, 60), (60, 60), (61, 120), (3600, 3600), (86_400, 86_400)])
@@ -257,7 +257,7 @@ def test_a_job_is_warned_before_the_limit_that_lsf_has_for_it(
 ) -> None:
     write_script(array_request(tmp_path, time=seconds), {}, python="py")
     script = (tmp_path / "job.sh").read_text()
-    [seconds_after] = re.findall(r" --warned-at \$\(\(_fr_begun \+ (\d+)\)\)", script)
+    [seconds_after] = re.findall(r' "\$\(\(_fr_begun \+ (\d+)\)\)"', script)
     assert int(seconds_after) == int(limit - lead_s(limit)) < limit
 
 
