@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from benchmarks._calls import nothing
 from benchmarks._child import TOP, call
 from benchmarks._report import Report, alternate, median, say, seconds, spread
 from benchmarks._report import ratio as ratio_of
@@ -99,11 +100,6 @@ def _tell(report: Report, dialect: str, taken: Mapping[str, list[dict[str, Any]]
     )
 
 
-def nothing(number: int) -> int:
-    """The function of a call."""
-    return number
-
-
 def measure_ours(folder: str, count: int) -> dict[str, Any]:
     """In a fresh process: so many calls, from the first submission to the last result."""
     from fractal_runner import LsfExecutor
@@ -131,7 +127,7 @@ def measure_plain(folder: str, count: int) -> dict[str, Any]:
 
 
 def _submit(place: Path, index: int) -> str:
-    (place / f"{index}.in").write_bytes(pickle.dumps((abs, index)))  # what needs no import of ours
+    (place / f"{index}.in").write_bytes(pickle.dumps((nothing, index)))
     script = f"exec {sys.executable} {place}/job.py {place}/{index}.in {place}/{index}.out\n"
     said = subprocess.run(
         ["bsub", "-o", "/dev/null"], input=script, capture_output=True, text=True, timeout=60, check=True
