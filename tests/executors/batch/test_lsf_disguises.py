@@ -13,8 +13,6 @@ from hypothesis import strategies as st
 from fractal_runner.executors.batch import lsf_words as words
 from fractal_runner.executors.batch.lsf_long import read_long
 from fractal_runner.executors.batch.scheduler import JobState
-
-QUEUED, RUNNING, ENDED = JobState.QUEUED, JobState.RUNNING, JobState.ENDED
 from tests.executors.batch.test_lsf_long import (
     CODE,
     DISPATCHED,
@@ -28,6 +26,8 @@ from tests.executors.batch.test_lsf_long import (
     wrapped,
 )
 from tests.executors.batch.test_lsf_words import BJOBS, LONG, LONG_ENDS, RECORDED, short
+
+QUEUED, RUNNING, ENDED = JobState.QUEUED, JobState.RUNNING, JobState.ENDED
 
 DISGUISES = [
     "EXIT",
