@@ -45,7 +45,6 @@ DONE, DRAINED, STOPPED = "done", "time is nearly over", "stopped"
 
 _LOOK_S, _LOOK_SHARED_S = 0.25, 2.0  # how often the job looks whether it is told something
 _LARGEST_RESULT = 2**32 - 2**20  # what a record holds
-_WIDENING_S = 0.02
 _PAYLOAD_S = 30.0  # within which the payload has to be seen, over whatever network
 _TERM_GRACE_S = 1.0
 _SIGNALLED = 128  # a shell adds it to the signal that ended its child
@@ -149,7 +148,7 @@ class _Job:
         with self._signals():
             dispatcher = Dispatcher(
                 lambda _: _JobWorker(self, self._log),
-                max_workers=1,  # at first
+                max_workers=terms.parallel,
                 budget=Budget(cpus=terms.parallel * terms.cpus),
                 places=None,
                 idle_timeout=None,
@@ -179,15 +178,8 @@ class _Job:
         ending_at: float | None = None
         every_s = _LOOK_SHARED_S if is_shared(Path(self._files.control)) else _LOOK_S
         look_at = 0.0
-        allowed, parallel = 1, self.payload.terms.parallel
         while any(not future.done() for future in self._futures.values()):
-            if allowed < parallel:
-                # Of many small calls the first workers make short work, and each one costs a fork.
-                time.sleep(_WIDENING_S)  # which is what calls are given to be small
-                allowed = min(2 * allowed, parallel)
-                dispatcher.allow(allowed)
-            else:
-                self._changed.wait(_LOOK_S)
+            self._changed.wait(_LOOK_S)
             self._changed.clear()
             self._settle()
             if self.broken is not None:

@@ -136,12 +136,6 @@ class Dispatcher:
                 self._queue.append(call)
             self._wake_one()
 
-    def allow(self, max_workers: int) -> None:
-        """Let there be more slots than before."""
-        with self._lock:
-            self._max_workers = max_workers
-            self._wake_one()  # and the new slot sees that there is another one, if there is more to do
-
     def slots_of(self, calls: Sequence[Call]) -> list[tuple[Call, Slot]]:
         """Where these calls run, as far as they do."""
         with self._lock:
