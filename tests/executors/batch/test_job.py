@@ -45,9 +45,13 @@ class Jobs:
         ]
         write_payload(self.files.payload, [packed], Terms(parallel=parallel), levels={"": 20})
 
+    def command(self, id: str, directory: str) -> list[str]:
+        """What does the job."""
+        return [sys.executable, "-c", JOB_PROGRAM, directory, "0", id]
+
     def start(self, id: str = "1_0", directory: str | None = None) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [sys.executable, "-c", JOB_PROGRAM, directory or self.files.directory, "0", id],
+            self.command(id, directory or self.files.directory),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

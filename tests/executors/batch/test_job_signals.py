@@ -28,20 +28,12 @@ class ScriptJobs(Jobs):
     ended_by = "TERM"
     warned_at = ""
 
+    def command(self, id: str, directory: str) -> list[str]:
+        program = [sys.executable, "-P", "-m", "fractal_runner.executors.batch"]
+        return [*program, directory, "0", id, self.node, self.ended_by, "", self.warned_at]
+
     def start(self, id: str = "7[1]", directory: str | None = None) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [
-                *(sys.executable, "-P", "-m", "fractal_runner.executors.batch"),
-                *(directory or self.files.directory, "0", id, self.node, self.ended_by, "", self.warned_at),
-            ],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        self._processes.append(process)
-        return process
+        return super().start(id, directory)
 
     def run(self, id: str = "7[1]") -> str:
         return super().run(id)
