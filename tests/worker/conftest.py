@@ -13,6 +13,7 @@ import pytest
 
 from fractal_runner.worker.function import FunctionRef
 from fractal_runner.worker.spec import UnitSpec
+from tests.worker.pairs import Bench
 
 Make = Callable[..., UnitSpec]
 
@@ -38,3 +39,12 @@ def spec(tmp_path: Path) -> Make:
         return UnitSpec(**{**values, **more})
 
     return make
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    """A directory to run scripts in, warm and cold; the current one."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return Bench(folder)
