@@ -21,7 +21,7 @@ and why: an import fails, a thread was left running, a file is open. Per unit, o
 `gone` is the server's own end: a file of the task has changed. It takes no more units and leaves when
 the running ones have ended. A client that leaves does not end its unit. The server ends when it has been
 idle, with its owner, or when told (`end`, or a signal); units that still run are left to whoever looks
-after their process groups.
+after their process groups. Told to `retire`, it goes as it does when a file has changed.
 
 What is bounded: a request has at most 16 MiB, what imports print 64 KiB, there are at most 1000
 connections, each learned module is kept once, and refused ones are named at most 10,000 times.
@@ -876,7 +876,9 @@ class _Server:
             request = []
         if request is None:
             return None
-        self._since = time.monotonic()
+        idle = 0.0 if self._running else time.monotonic() - self._since
+        if request != [b"status"]:  # to be asked is no work
+            self._since = time.monotonic()
         self._poll.unregister(connection.fd)
         del self._connections[connection.fd]
         if request and request[0] == b"run":
@@ -884,12 +886,15 @@ class _Server:
         if request == [b"status"]:
             connection.say(
                 f"forked={self._forked} running={len(self._running)} trial={self._trial is not None} "
+                f"idle={idle:.3f} "
                 f"hoisted={len(self.program.hoist.statements)} learnable={self.program.hoist.learnable} "
                 f"learned={','.join(self._learned)} refused={','.join(sorted(self.refused))}"
             )
         os.close(connection.fd)
         if request == [b"end"]:
             self.leave("it was told to")
+        if request == [b"retire"]:
+            self._retire("It was told to take no more units.")
         return None
 
     def _start(self, connection: _Connection, request: list[bytes]) -> _Unit | None:
@@ -1222,9 +1227,9 @@ def _main() -> _Unit:
         server.prepare()
         server.listen()
     except _Cold as why:
-        os.write(status, f"cold {why}".replace("\n", " ").encode(errors="replace"))
+        os.write(status, f"cold {why}".replace("\n", " ").encode(errors="replace") + b"\n")
         server.leave(f"{why}")
-    os.write(status, b"ready")
+    os.write(status, b"ready\n")
     os.close(status)
     return server.serve()
 

@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fractal_runner.worker.processes import Child
+from fractal_runner.worker.server import Server
 from fractal_runner.worker.spawn import Environment, spawn
-from fractal_runner.worker.warm import Server, WarmChild, recognise
+from fractal_runner.worker.targets import recognise
+from fractal_runner.worker.warm import WarmChild
 
 UNIT_S = 60.0
 PYTHON = os.environ.get("FRACTAL_RUNNER_WARM_PYTHON", sys.executable)  # to try another version

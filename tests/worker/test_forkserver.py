@@ -17,7 +17,9 @@ from pathlib import Path
 import pytest
 
 from fractal_runner.worker import processes
-from fractal_runner.worker.warm import ColdStart, Server, Target, ask
+from fractal_runner.worker.server import Server
+from fractal_runner.worker.targets import Target
+from fractal_runner.worker.warm import ColdStart, ask
 from tests.worker.pairs import Bench
 
 DEADLINE_S = 60.0
@@ -344,7 +346,8 @@ def test_it_ends_with_its_owner_and_its_units_do_not(bench: Bench, hangs: bool) 
     owner = textwrap.dedent(
         f"""
         import os, time
-        from fractal_runner.worker.warm import Server, recognise
+        from fractal_runner.worker.server import Server
+        from fractal_runner.worker.targets import recognise
         words = {words!r}
         environment = dict(os.environb)
         server = Server.start(recognise(words), words=words, directory={str(bench.sockets)!r},

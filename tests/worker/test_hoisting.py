@@ -10,7 +10,7 @@ import pytest
 
 from fractal_runner.worker import forkserver
 from fractal_runner.worker.forkserver import Hoist
-from fractal_runner.worker.warm import Target, recognise
+from fractal_runner.worker.targets import Target, recognise
 
 AHEAD = {
     "nothing": ("", 0, True, True),

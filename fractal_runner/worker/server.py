@@ -1,0 +1,225 @@
+"""Start fork servers: processes that import what a command imports once, and fork a child per unit."""
+
+from __future__ import annotations
+
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+
+from fractal_runner.worker import processes, warm
+from fractal_runner.worker.targets import Target
+
+VARYING = ("FRACTAL_RUNNER_UNIT",)
+MARK_ROOM = 256  # characters of a varying variable that /proc/PID/environ can show
+
+_FORKSERVER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "forkserver.py")
+# They make an interpreter say or do more at its start or end than a fork repeats.
+_TELLING = (b"PYTHONINSPECT", b"PYTHONPROFILEIMPORTTIME", b"PYTHONVERBOSE", b"PYTHONDUMPREFS")
+_TURN_S = 0.05
+_PATH_BYTES = 107  # unix(7)
+
+
+class Server:
+    """A fork server of this process, which is its owner: it ends with it.
+
+    Attributes:
+        target: what it imports and runs.
+        socket: its path, for `run` in whichever process.
+        pid: its process id.
+    """
+
+    def __init__(
+        self, target: Target, process: subprocess.Popen[bytes], directory: str, status: int, timeout_s: float
+    ) -> None:
+        self.target = target
+        self.socket = f"{directory}/socket"
+        self.pid = process.pid
+        self._process = process
+        self._directory = directory
+        self._status = status
+        self._timeout_s = timeout_s
+        self._deadline = time.monotonic() + timeout_s
+        self._lock = threading.Lock()  # over what follows
+        self._said: str | None = None
+        self._heard = b""
+
+    @classmethod
+    def start(
+        cls,
+        target: Target,
+        *,
+        words: Sequence[str],
+        directory: str,
+        environment: Mapping[bytes, bytes],
+        log: str,
+        cwd: str | None = None,
+        owner: int | None = None,
+        varying: Sequence[str] = VARYING,
+        import_timeout_s: float = 60.0,
+        idle_s: float = 300.0,
+        learn: bool = True,
+    ) -> Server:
+        """Start a server; it imports from now on.
+
+        Args:
+            target: what `recognise` found.
+            words: the command that it found it in; only its first `target.words` count.
+            directory: where to make the server's own one, which is short-lived and of mode 0700: on a disk
+                of this host, and with a short path, as sockets need it.
+            environment: that of its units.
+            log: a file for what the server itself has to say.
+            cwd: the working directory of its units; this process's, if None.
+            owner: the process that it ends with; this one, if None.
+            varying: variables that may be another in each unit. They must not matter to an import.
+            import_timeout_s: seconds that its imports may take.
+            idle_s: seconds without a unit after which it ends.
+            learn: whether it may import beforehand what its units were seen to import.
+
+        Raises:
+            warm.ColdStart: if a server cannot be had for such a command.
+            OSError: if its files cannot be made.
+        """
+        if sys.platform != "linux":
+            raise warm.ColdStart(f"Processes are forked on Linux only, not on {sys.platform}.")
+        if found := [name for name in _TELLING if environment.get(name)]:
+            raise warm.ColdStart(f"{os.fsdecode(found[0])} is set.")
+        owner = os.getpid() if owner is None else owner
+        own = tempfile.mkdtemp(prefix="warm-", dir=directory)
+        read, write = os.pipe()
+        try:
+            if len(os.fsencode(f"{own}/socket")) > _PATH_BYTES:
+                raise warm.ColdStart(f"The path of {directory} is too long for a socket.")
+            options = {
+                "directory": own,
+                "status": write,
+                "owner": owner,
+                "owner-ticks": processes.start_ticks(owner),
+                "import-timeout": import_timeout_s,
+                "idle": idle_s,
+                "varying": ",".join(varying),
+                "learn": int(learn),
+                "kind": target.kind,
+                "name": target.name,
+            }
+            given = [f"--{name}={value}" for name, value in options.items()]
+            # Room for a varying value, where the kernel shows the environment that a process started with.
+            room = {os.fsencode(name): b"_" * MARK_ROOM for name in varying}
+            command = [target.python, *target.options, _FORKSERVER, *given, "--", *words[: target.words]]
+            with open(log, "ab") as output:
+                process = subprocess.Popen(
+                    command,
+                    env={**environment, **room},
+                    cwd=cwd,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    pass_fds=(write,),
+                    start_new_session=True,
+                )
+        except BaseException:
+            os.close(read)
+            shutil.rmtree(own, ignore_errors=True)
+            raise
+        finally:
+            os.close(write)
+        return cls(target, process, own, read, import_timeout_s)
+
+    def wait_ready(self, timeout: float | None = None) -> str | None:
+        """Wait until it can be used.
+
+        Args:
+            timeout: seconds to wait; as long as its imports may take, if None.
+
+        Returns:
+            None once it can; else why this command must be started cold. Then the server has ended.
+
+        Raises:
+            TimeoutError: if it is neither yet; it may be asked again.
+        """
+        with self._lock:
+            return self._wait_ready(timeout)
+
+    def _wait_ready(self, timeout: float | None) -> str | None:
+        if self._said is None:
+            left = self._deadline - time.monotonic()
+            pause = left if timeout is None else min(left, timeout)
+            self._said = self._read_status(time.monotonic() + max(0.0, pause))
+            if self._said is None and pause < left:
+                raise TimeoutError(f"The fork server is not ready after {pause:g} s.")
+            if self._said is None:
+                self._said = f"cold {self._too_long()}"
+            if self._said == "ready":
+                self._close_status()
+            else:
+                self.stop(0)
+        return None if self._said == "ready" else self._said.removeprefix("cold ")
+
+    def _read_status(self, deadline: float) -> str | None:
+        """The line that it says of itself, or what its end says of it; None if neither has come by then."""
+        poll = select.poll()
+        poll.register(self._status, select.POLLIN)
+        while b"\n" not in self._heard:
+            has_ended = not self.runs()  # asked first: what it has said is in the pipe by then
+            left = 0.0 if has_ended else deadline - time.monotonic()
+            # In short turns: a process that was forked meanwhile may hold the pipe open.
+            if poll.poll(max(0.0, min(left, _TURN_S)) * 1000):
+                part = os.read(self._status, 65536)
+                self._heard += part
+                if part:
+                    continue
+                try:  # what it imports may close what it does not know, and take its time
+                    self._process.wait(max(0.0, left))
+                except subprocess.TimeoutExpired:
+                    return None
+                has_ended = True
+            if has_ended:
+                code = self._process.returncode
+                if code == -signal.SIGALRM:
+                    return f"cold {self._too_long()}"
+                return f"cold Its imports end the interpreter ({code})."
+            if left <= 0:
+                return None
+        return self._heard.partition(b"\n")[0].decode(errors="replace")
+
+    def _too_long(self) -> str:
+        return f"Its imports take longer than {self._timeout_s:g} s."
+
+    def _close_status(self) -> None:
+        if self._status >= 0:
+            os.close(self._status)
+            self._status = -1
+
+    def run(
+        self, words: Sequence[str], environment: Mapping[bytes, bytes], cwd: str, log_file: str
+    ) -> warm.WarmChild:
+        """Run a command here: see `warm.run`."""
+        return warm.run(self.socket, words, environment, cwd, log_file)
+
+    def runs(self) -> bool:
+        """Whether its process has not ended. One whose files have changed still waits for its units."""
+        return self._process.poll() is None
+
+    def stop(self, grace_s: float = 2.0) -> None:
+        """End it, not the units that it has started; twice is fine."""
+        if self.runs():
+            self._process.terminate()
+            try:
+                self._process.wait(grace_s)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        self._close_status()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
