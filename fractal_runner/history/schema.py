@@ -31,7 +31,7 @@ from sqlalchemy import (
 
 from fractal_runner.errors import HistoryError
 
-VERSION = 1
+VERSION = 2
 
 _PREFIX = "fractal_runner_"
 _LOCK_KEY = 0x66725F31  # of PostgreSQL's advisory lock around making tables; any number that is ours
@@ -153,6 +153,7 @@ units = Table(
     Column("job_id", Text),
     Column("cpu_s", Double),
     Column("peak_bytes", BigInteger),
+    Column("start", String(4)),  # how its command was started: "warm" or "cold"
     Column("log", Text),  # relative to the run's directory
     Column("output", Text),  # as it was validated, JSON; null for none
     # The primary key is the table: no second copy of it, and rows of one task lie together.
@@ -171,8 +172,13 @@ image_statuses = Table(
     sqlite_with_rowid=False,
 )
 
+
+def _note_how_units_start(connection: Connection) -> None:
+    connection.execute(text(f"ALTER TABLE {units.name} ADD COLUMN start VARCHAR(4)"))
+
+
 # From each version to the next, in one transaction with the new number.
-MIGRATIONS: dict[int, Callable[[Connection], None]] = {}
+MIGRATIONS: dict[int, Callable[[Connection], None]] = {1: _note_how_units_start}
 
 
 def prepare(connection: Connection, where: str) -> None:

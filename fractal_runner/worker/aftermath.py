@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from fractal_runner.worker import processes
-from fractal_runner.worker.command import MARK_VARIABLE, read_output, runs_here
+from fractal_runner.worker.command import read_output, runs_here
 from fractal_runner.worker.evidence import LEDGER_SUFFIX, CorruptEvidenceError, read_payloads
 from fractal_runner.worker.processes import Identity
 from fractal_runner.worker.spec import UnitResult
@@ -164,8 +164,8 @@ class _Commands:
     """
 
     def __init__(self, run_id: str, traces: Iterable[Trace], spare: Collection[str]) -> None:
-        self._beginning = f"{MARK_VARIABLE}={run_id}/".encode()
-        self._spared = {f"{MARK_VARIABLE}={key}".encode() for key in spare}
+        self._beginning = processes.mark_of(f"{run_id}/")
+        self._spared = {processes.mark_of(key) for key in spare}
         self._leaders = {
             (trace.process.pid, trace.key): trace.process
             for trace in traces

@@ -15,7 +15,7 @@ import threading
 import time
 import zlib
 from dataclasses import fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fractal_runner.worker import processes
 from fractal_runner.worker.evidence import EVIDENCE_DIR, Ledger, own_ledger
@@ -25,18 +25,24 @@ from fractal_runner.worker.processes import Child
 from fractal_runner.worker.spawn import WRITE_LOG, Environment, spawn
 from fractal_runner.worker.spec import (
     CANCELLED,
+    COLD,
     LAUNCH_FAILED,
+    SERVER_LOST,
     TIMEOUT,
     UNKILLABLE,
+    WARM,
     UnitResult,
     UnitSpec,
 )
+from fractal_runner.worker.station import GivenUp, UnitLost, Wanted, station_for
 from fractal_runner.worker.stop import POLL_S, StopRequest
+
+if TYPE_CHECKING:
+    from fractal_runner.worker.warm import WarmChild
 
 __all__ = [
     "EVIDENCE_DIR",
     "LOG_TAIL_CHARS",
-    "MARK_VARIABLE",
     "log_tail",
     "read_output",
     "run_unit",
@@ -44,7 +50,6 @@ __all__ = [
 ]
 
 LOG_TAIL_CHARS = 20_000
-MARK_VARIABLE = "FRACTAL_RUNNER_UNIT"
 
 _INLINE_OUTPUT_CHARS = 65_536
 _BRIEF_S = 0.01
@@ -162,14 +167,18 @@ def _run_command(
     except OSError as error:
         return _not_started(spec, LAUNCH_FAILED, f"Cannot write the unit's files: {error}."), None
     parent_peak = processes.own_peak_rss()
-    mark = f"{MARK_VARIABLE}={spec.key}".encode()
+    mark = processes.mark_of(spec.key)
     started = time.time()
     since = processes.ticks_since_boot()
     try:
-        environment = _environment(spec)
-        child = Child(spawn([*command, *spec.file_options], environment, spec.key.encode(), spec.log_file))
+        child, why_cold = _start(spec, command, stop)
     except OSError as error:
         return _not_executed(spec, command[0], error, started), None
+    except GivenUp:
+        return _not_started(spec, CANCELLED, f"{stop.reason()} This unit had not started."), None
+    except UnitLost as error:
+        left = processes.end_found(lambda: processes.bearers(mark), spec.grace_s)
+        return _not_started(spec, UNKILLABLE if left else SERVER_LOST, str(error)), None
     processes.note_command(child.pid)
     try:
         # Most of what is over at once need not be found by anybody; its mark tells it all the same.
@@ -186,6 +195,8 @@ def _run_command(
     code = child.returncode
     output, output_error, text = read_output(spec.out_file) if code == 0 else (None, None, None)
     if child.usage is not None:
+        # A forked child's own figure began with itself: there is nothing to be told apart.
+        parent_peak = parent_peak if isinstance(child, Child) else 0
         peak = max(peak, processes.peak_rss_of(child.usage.ru_maxrss, parent_peak))
     result = UnitResult(
         key=spec.key,
@@ -203,12 +214,37 @@ def _run_command(
         ended=time.time(),
         cpu_s=None if child.usage is None else child.usage.ru_utime + child.usage.ru_stime,
         peak_bytes=peak or None,
+        start=COLD if isinstance(child, Child) else WARM,
+        why_cold=why_cold,
     )
     return (_with_note(result, note) if note else result), text
 
 
+def _start(spec: UnitSpec, command: tuple[str, ...], stop: StopRequest) -> tuple[Child | WarmChild, str]:
+    """The unit's process; and, if it was to be started warm and was not, why."""
+    environment = _environment(spec)
+    words, mark = [*command, *spec.file_options], spec.key.encode()
+    why_cold = ""
+    if spec.warm is not None and (cwd := _current_directory()):
+        station = station_for(spec.coordinator, spec.warm)
+        log = f"{spec.server_log}-{processes.host_name()}-{os.getpid()}.log"
+        unit = Wanted(words, len(command), cwd, environment, mark, spec.log_file, log, spec.warm)
+        child, why_cold = station.start(unit, stop.asked)
+        if child is not None:
+            return child, ""
+    return Child(spawn(words, environment, mark, spec.log_file)), why_cold
+
+
+def _current_directory() -> str:
+    """Where a command would start; "" if that has been removed."""
+    try:
+        return os.getcwd()
+    except OSError:
+        return ""
+
+
 def _watch(
-    spec: UnitSpec, stop: StopRequest, child: Child, mark: bytes
+    spec: UnitSpec, stop: StopRequest, child: Child | WarmChild, mark: bytes
 ) -> tuple[str | None, str | None, int]:
     """Wait for the child's end, or bring it about: reason, message, and the peak memory sampled."""
     peak = 0
@@ -228,18 +264,22 @@ def _watch(
         if now >= next_sample:
             peak = max(peak, processes.sample_memory(child.pid))
             next_sample = now + POLL_S
+    if child.returncode is None:
+        message = "The fork server that had started it has ended; what was left of the unit was ended."
+        return *_end(spec, child, mark, SERVER_LOST, message), peak
     _end_leftovers(spec, child, mark)
     return None, None, peak
 
 
-def _end(spec: UnitSpec, child: Child, mark: bytes, reason: str, message: str) -> tuple[str, str]:
+def _end(spec: UnitSpec, child: Child | WarmChild, mark: bytes, reason: str, message: str) -> tuple[str, str]:
     processes.end_group(child, mark, spec.grace_s)
-    if child.wait(_KILL_WAIT_S):
+    # Of one whose fork server has ended nobody learns its exit code, only that it is gone.
+    if child.wait(_KILL_WAIT_S) and (child.returncode is not None or processes.group_is_empty(child.pid)):
         return reason, message
     return UNKILLABLE, f"{message} It has not ended {_KILL_WAIT_S:g} s after SIGKILL (pid {child.pid})."
 
 
-def _end_leftovers(spec: UnitSpec, child: Child, mark: bytes) -> None:
+def _end_leftovers(spec: UnitSpec, child: Child | WarmChild, mark: bytes) -> None:
     """End what the command left behind in its process group, once it had time to end by itself.
 
     A unit is over when nothing of it runs any more: a background process could go on writing into an
@@ -380,7 +420,7 @@ def _environment(spec: UnitSpec) -> Environment:
     run, environment = getattr(_local, "environment", (None, None))
     if environment is None or run != (spec.run_id, spec.env):
         added = {os.fsencode(name): os.fsencode(value) for name, value in spec.env}
-        environment = Environment({**os.environb, **added}, MARK_VARIABLE.encode())
+        environment = Environment({**os.environb, **added}, processes.MARK_VARIABLE.encode())
         _local.environment = (spec.run_id, spec.env), environment
     return environment
 

@@ -18,6 +18,9 @@ and why: an import fails, a thread was left running, a file is open. Per unit, o
     server: pid PID                                        or  cold WHY  |  gone WHY  |  error ERRNO WHAT
     server: ended WAIT-STATUS RUSAGE…                      (its sixteen figures, as wait4(2) gave them)
 
+While it imports, the server is the child of the process that was started, whose end is its own; then it
+is nobody's: the worker that happened to start it may be ended together with its children.
+
 `gone` is the server's own end: a file of the task has changed. It takes no more units and leaves when
 the running ones have ended. A client that leaves does not end its unit. The server ends when it has been
 idle, with its owner, or when told (`end`, or a signal); units that still run are left to whoever looks
@@ -1212,10 +1215,24 @@ def _interpreter_words(options: dict[str, str]) -> list[str]:
     return [*before, *(["-m"] if options["kind"] == "module" else []), options["name"]]
 
 
+def _set_apart() -> int:
+    """Go on in a child; the pid of this process, which ends as the child does, or when it is killed by it."""
+    parent = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        return parent
+    status = os.waitpid(pid, 0)[1]
+    if os.WIFSIGNALED(status):
+        _signal.signal(os.WTERMSIG(status), _signal.SIG_DFL)
+        os.kill(parent, os.WTERMSIG(status))
+    os._exit(os.WEXITSTATUS(status))
+
+
 def _main() -> _Unit:
     """Prepare and serve; returns in the process of a unit."""
     split = sys.argv.index("--")
     options = dict(word[2:].split("=", 1) for word in sys.argv[1:split])
+    parent = _set_apart()
     status = _out_of_the_way(int(options["status"]))
     # As spawn.py starts a command: these at the system's defaults, none blocked.
     for number in (_signal.SIGTERM, _signal.SIGHUP, _signal.SIGALRM):
@@ -1229,7 +1246,9 @@ def _main() -> _Unit:
     except _Cold as why:
         os.write(status, f"cold {why}".replace("\n", " ").encode(errors="replace") + b"\n")
         server.leave(f"{why}")
-    os.write(status, b"ready\n")
+    os.setsid()
+    os.kill(parent, _signal.SIGKILL)
+    os.write(status, b"ready %d\n" % os.getpid())
     os.close(status)
     return server.serve()
 

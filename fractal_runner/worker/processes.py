@@ -17,9 +17,10 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 NODE_VARIABLE = "FRACTAL_RUNNER_NODE"  # set by jobs
+MARK_VARIABLE = "FRACTAL_RUNNER_UNIT"  # in the environment of what a unit's command has started: its key
 
 _PROC = "/proc"
 _PAUSE_S = 0.02
@@ -145,6 +146,11 @@ def group_members(group: int) -> list[int]:
     return [pid for pid, one in table().items() if one.group == group and one.is_running]
 
 
+def mark_of(key: str) -> bytes:
+    """What the processes of the unit, or call, of this key bear in their environment."""
+    return f"{MARK_VARIABLE}={key}".encode()
+
+
 def bearers(mark: bytes) -> list[int]:
     """Processes of this host that were started with `mark` ("NAME=value") in their environment.
 
@@ -213,11 +219,20 @@ def commands_of_threads() -> dict[int, int]:
 _commands: dict[int, int] = {}
 
 
-def end_group(leader: Child, mark: bytes, grace_s: float) -> None:
+class Leader(Protocol):
+    """A process that leads a group, and can be waited for."""
+
+    pid: int
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it has ended, waiting for up to `seconds`."""
+
+
+def end_group(leader: Leader, mark: bytes, grace_s: float) -> None:
     """End a process group and what has left it: TERM, a grace time, KILL.
 
     Args:
-        leader: our child that leads the group; it is reaped, so that the group can be seen to be empty.
+        leader: who leads the group; a child of ours is reaped, so that the group can be seen to be empty.
         mark: the entry of the environment that its processes bear, wherever they went.
         grace_s: seconds between TERM and KILL; 0 kills at once.
     """

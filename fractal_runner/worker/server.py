@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import shutil
@@ -27,12 +28,15 @@ _PATH_BYTES = 107  # unix(7)
 
 
 class Server:
-    """A fork server of this process, which is its owner: it ends with it.
+    """A fork server, as seen by the process that starts it. It ends with its owner.
+
+    Once it is ready it is nobody's child: a worker that starts it for all may be ended with its children.
 
     Attributes:
         target: what it imports and runs.
         socket: its path, for `run` in whichever process.
-        pid: its process id.
+        pid: its process id, once it is ready; until then, that of a parent which ends as it does.
+        ticks: when the process of this pid started, once it is ready.
     """
 
     def __init__(
@@ -41,6 +45,7 @@ class Server:
         self.target = target
         self.socket = f"{directory}/socket"
         self.pid = process.pid
+        self.ticks: int | None = None
         self._process = process
         self._directory = directory
         self._status = status
@@ -155,11 +160,16 @@ class Server:
                 raise TimeoutError(f"The fork server is not ready after {pause:g} s.")
             if self._said is None:
                 self._said = f"cold {self._too_long()}"
-            if self._said == "ready":
+            kind, _, rest = self._said.partition(" ")
+            if kind == "ready":
                 self._close_status()
+                self._process.wait()  # it was killed before we were told
+                self.pid = int(rest)
+                self.ticks = processes.start_ticks(self.pid)
             else:
                 self.stop(0)
-        return None if self._said == "ready" else self._said.removeprefix("cold ")
+        kind, _, rest = self._said.partition(" ")
+        return None if kind == "ready" else rest
 
     def _read_status(self, deadline: float) -> str | None:
         """The line that it says of itself, or what its end says of it; None if neither has come by then."""
@@ -204,17 +214,18 @@ class Server:
 
     def runs(self) -> bool:
         """Whether its process has not ended. One whose files have changed still waits for its units."""
-        return self._process.poll() is None
+        if self.pid == self._process.pid:
+            return self._process.poll() is None
+        return processes.is_running(self.pid) and processes.start_ticks(self.pid) == self.ticks
 
     def stop(self, grace_s: float = 2.0) -> None:
         """End it, not the units that it has started; twice is fine."""
-        if self.runs():
-            self._process.terminate()
-            try:
-                self._process.wait(grace_s)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+        if self.pid == self._process.pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)  # both of them; there is no unit yet
+            self._process.wait()
+        else:
+            processes.end_found(lambda: [self.pid] if self.runs() else [], grace_s)
         self._close_status()
         shutil.rmtree(self._directory, ignore_errors=True)
 

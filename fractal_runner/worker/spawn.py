@@ -14,6 +14,7 @@ import functools
 import os
 import signal
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 # What the interpreter ignores, and what a worker may: a command starts with the system's defaults.
 _DEFAULT_SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -38,10 +39,11 @@ class Environment:
     Not to be used by two threads at a time.
     """
 
-    __slots__ = ("array", "variables", "varying")
+    __slots__ = ("array", "targets", "variables", "varying")
 
     def __init__(self, variables: Mapping[bytes, bytes], varying: bytes) -> None:
         self.varying = varying
+        self.targets: dict[Any, Any] = {}  # whatever is found out once for all commands that share it
         self.variables = {name: value for name, value in variables.items() if name != varying}
         entries = [b"%s=%s" % pair for pair in self.variables.items()]
         _expect_no_nul(b"".join(entries), "the environment")

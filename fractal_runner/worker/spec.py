@@ -20,6 +20,11 @@ TIMEOUT = "TIMEOUT"  # its own `timeout` had passed
 CANCELLED = "CANCELLED"  # the run was told to stop, or another coordinator has taken it over
 LAUNCH_FAILED = "LAUNCH_FAILED"  # nothing could be started: no process, no file, no space
 UNKILLABLE = "UNKILLABLE"  # it outlived SIGKILL: a hanging file system, mostly
+SERVER_LOST = "SERVER_LOST"  # the fork server that had started it ended first
+
+# How a unit's command was started.
+WARM = "warm"  # forked from a process that had its imports already
+COLD = "cold"  # by an interpreter of its own, or whatever its command is
 
 
 class _Travelling:
@@ -35,6 +40,23 @@ class _Travelling:
 @functools.cache
 def _values_of(kind: Any) -> Callable[[object], tuple[Any, ...]]:
     return attrgetter(*kind.__match_args__)
+
+
+@dataclass(frozen=True, slots=True)
+class WarmStart(_Travelling):
+    """How a unit's command may be started warm.
+
+    Attributes:
+        station: the coordinator's, for units that run on its host (`worker.station`).
+        ticks: when the coordinator's process started, in clock ticks since boot; 0 if that is not known.
+        timeout_s: seconds that the imports of a server may take.
+        most: how many servers one owner may have on a host.
+    """
+
+    station: str
+    ticks: int
+    timeout_s: float
+    most: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +78,7 @@ class UnitSpec(_Travelling):
         coordinator: host and pid of the process that made this spec.
         epoch: which of the run's coordinators that is: 1 for the first, one more for each that resumes it.
         digest: of its command and arguments, recorded with its start; "" for none.
+        warm: how its command may be started warm; None if it is to be started cold.
     """
 
     key: str
@@ -72,6 +95,7 @@ class UnitSpec(_Travelling):
     coordinator: tuple[str, int] = ("", 0)
     epoch: int = 1
     digest: str = ""
+    warm: WarmStart | None = None
 
     @property
     def args_file(self) -> str:
@@ -90,6 +114,11 @@ class UnitSpec(_Travelling):
     def log_file(self) -> str:
         return f"{self.folder}/{self.prefix}-log.txt"
 
+    @property
+    def server_log(self) -> str:
+        """What the log of a fork server is called, before its host and number."""
+        return f"{self.folder}/fork-server"
+
 
 @dataclass(frozen=True, slots=True)
 class UnitResult(_Travelling):
@@ -101,7 +130,8 @@ class UnitResult(_Travelling):
         returncode: as subprocess reports it: negative for a signal; None if nothing was started or its
             end was not seen.
         signal: the signal's name for a negative returncode.
-        reason: why it ended otherwise than by itself: TIMEOUT, CANCELLED, LAUNCH_FAILED, UNKILLABLE.
+        reason: why it ended otherwise than by itself: TIMEOUT, CANCELLED, LAUNCH_FAILED, UNKILLABLE,
+            SERVER_LOST.
         message: in words, what the returncode does not say.
         output: what it left, as read from JSON; None for nothing.
         output_error: why what it left cannot be read as JSON.
@@ -113,6 +143,8 @@ class UnitResult(_Travelling):
         cpu_s: CPU seconds of it and the children it waited for.
         peak_bytes: peak memory of its processes; None where it cannot be told.
         left_running: a Python function in a thread that goes on although the unit has ended.
+        start: how its command was started: WARM, COLD; None for a function, and for nothing.
+        why_cold: why it was not started warm, although it could have been; "" if there is nothing to say.
     """
 
     key: str
@@ -131,6 +163,8 @@ class UnitResult(_Travelling):
     cpu_s: float | None = None
     peak_bytes: int | None = None
     left_running: bool = False
+    start: str | None = None
+    why_cold: str = ""
 
     @property
     def succeeded(self) -> bool:

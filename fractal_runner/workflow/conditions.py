@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from fractal_runner.worker.stop import StopRequest
 from fractal_runner.workflow.events import Event
 from fractal_runner.workflow.journal import Journal
+from fractal_runner.workflow.warmth import WarmStarts
 
 if TYPE_CHECKING:
     from fractal_runner.executors.registry import Executors
@@ -39,6 +40,7 @@ class Conditions:
         stop_at_failure: leave out what has not started once a unit has failed.
         window: how many units may be in flight; None to choose.
         grace_s: seconds between TERM and KILL.
+        warm: which units start warm.
     """
 
     run_id: str
@@ -58,3 +60,4 @@ class Conditions:
     stop_at_failure: bool
     window: int | None
     grace_s: float
+    warm: WarmStarts

@@ -128,6 +128,7 @@ class Journal:
                 "pid": result.pid,
                 "cpu_s": result.cpu_s,
                 "peak_bytes": result.peak_bytes,
+                "start": result.start,
             }
         elif error is not None:
             known = {"returncode": error.returncode}

@@ -13,7 +13,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any
 
-from fractal_runner.quantities import format_size, format_time, parse_count, parse_size, parse_time
+from fractal_runner.quantities import argument, format_size, format_time, parse_count, parse_size, parse_time
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,9 @@ class Resources:
         retry_any: whether one that failed by itself is, too.
         retry_elsewhere: keep the next attempt off the node where the last one failed, where that can be.
         rerunnable: whether a unit of which nobody knows how far it got may simply be run again.
+        warm_start: whether units share the imports of their command: "auto", "always", "never"; None if it
+            is not said.
+        warm_start_timeout_s: seconds that these imports may take.
         unknown: keys of the meta that mean nothing to us.
     """
 
@@ -52,6 +55,8 @@ class Resources:
     retry_any: bool = False
     retry_elsewhere: bool = False
     rerunnable: bool = True
+    warm_start: str | None = None
+    warm_start_timeout_s: float | None = None
     unknown: tuple[str, ...] = ()
 
     def memory(self, retry: int = 0) -> int | None:
@@ -71,6 +76,7 @@ class Resources:
             f"timeout {format_time(self.timeout_s)}" if self.timeout_s else "",
             f"up to {self.retries} retr{'y' if self.retries == 1 else 'ies'}" if self.retries else "",
             f"on {self.executor}" if self.executor else "",
+            f"warm start: {self.warm_start}" if self.warm_start else "",
             f"partition {self.queue}" if self.queue else "",
             f"account {self.account}" if self.account else "",
             *(f"{key} {_shown(value)}" for key, value in self.extra.items()),
@@ -89,19 +95,12 @@ def read_meta(*layers: Mapping[str, Any]) -> Resources:
     extra: dict[str, Any] = {}
     for key, (name, parse) in _FIELDS.items():
         if key in meta:
-            values[name] = _parsed(key, parse, meta[key])
+            values[name] = argument(key, parse, meta[key])
     for key, parse in _EXTRA.items():
         if key in meta:
-            extra[key] = _parsed(key, parse, meta[key])
+            extra[key] = argument(key, parse, meta[key])
     unknown = tuple(sorted(meta.keys() - _FIELDS.keys() - _EXTRA.keys()))
     return Resources(**values, extra=MappingProxyType(extra), unknown=unknown)
-
-
-def _parsed(key: str, parse: Callable[[Any], Any], value: Any) -> Any:
-    try:
-        return parse(value)
-    except ValueError as error:
-        raise ValueError(f"{key}: {error}") from None
 
 
 def _name(of_what: str, value: Any) -> str:
@@ -148,6 +147,12 @@ def _whom_to_retry(value: Any) -> bool:
     return bool(value == "any")
 
 
+def _warm_start(value: Any) -> str:
+    if value not in ("auto", "always", "never"):
+        raise ValueError(f'{value!r} is neither "auto", "always" nor "never"')
+    return str(value)
+
+
 def _per_attempt(parse: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
     """For a value, or a list of values, one per attempt."""
 
@@ -174,6 +179,8 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "retry_on": ("retry_any", _whom_to_retry),
     "retry_elsewhere": ("retry_elsewhere", _flag),
     "rerunnable": ("rerunnable", _flag),
+    "warm_start": ("warm_start", _warm_start),
+    "warm_start_timeout": ("warm_start_timeout_s", parse_time),
 }
 # What only a scheduler understands, under the names that Fractal gives it; LSF's are its executor's.
 _EXTRA: dict[str, Callable[[Any], Any]] = {

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from fractal_runner.errors import did_you_mean
 from fractal_runner.executors import registry
+from fractal_runner.quantities import argument, parse_count, parse_time
 from fractal_runner.workflow import plan
 from fractal_runner.workflow.events import Event
 from fractal_runner.workflow.models import Dataset, Workflow
@@ -28,6 +29,7 @@ from fractal_runner.workflow.opening import HistoryChoice, RunPlan
 from fractal_runner.workflow.run import Run, RunOptions
 from fractal_runner.workflow.stage import END_MARGIN_S
 from fractal_runner.workflow.turn import RunCancelledError
+from fractal_runner.workflow.warmth import MAX_SERVERS, MODES, TIMEOUT_S, WarmMode
 
 USER_CACHE_VARIABLE = "FRACTAL_CACHE_DIR"
 
@@ -56,6 +58,9 @@ async def process_workflow(
     on_failure: Literal["continue", "stop"] = "continue",
     max_in_flight: int | None = None,
     grace_s: float = 5.0,
+    warm_start: WarmMode = "auto",
+    warm_start_timeout: float | str = TIMEOUT_S,
+    max_servers: int = MAX_SERVERS,
     drain: threading.Event | None = None,
     **unknown: Any,
 ) -> Dataset:
@@ -91,6 +96,13 @@ async def process_workflow(
             packed into jobs), or a few per worker where those that have not started cannot be taken back
             (stdlib process pools).
         grace_s: seconds that a unit has between TERM and KILL when it is ended.
+        warm_start: whether the units of a task share its imports: a server imports them once, and is forked
+            for each unit. "auto" does so for tasks of several units whose command is a Python script or
+            module, "always" for single units as well, and warns of a task that cannot be started so; "never"
+            does not. A task's meta may say `warm_start`, too: "never" holds whoever says it.
+        warm_start_timeout: seconds, or text like "90s", that these imports may take; the task starts cold if
+            they take longer.
+        max_servers: how many such servers there may be at a time, here or in one job of a cluster.
         drain: once it is set, no more units start; when those that run have ended, and more would have had
             to, a JobExecutionError with the reason "CANCELLED" is raised.
 
@@ -112,6 +124,10 @@ async def process_workflow(
         known = [*(process_workflow.__kwdefaults__ or {}), "workflow", "dataset", "workflow_dir_local"]
         raise TypeError(f"process_workflow() takes no argument {name!r}: {did_you_mean(name, known)}")
     _check_arguments(workflow, dataset, on_failure, max_in_flight, grace_s)
+    if warm_start not in MODES:
+        raise ValueError(
+            f"warm_start={warm_start!r} is neither {', '.join(map(repr, MODES[:-1]))} nor {MODES[-1]!r}"
+        )
     types, attributes = plan.check_filters(
         job_type_filters, job_attribute_filters, has_history=history is not None
     )
@@ -140,6 +156,9 @@ async def process_workflow(
         history=history,
         resume=resume,
         rerun_unknown=rerun_unknown,
+        warm_start=warm_start,
+        warm_start_timeout_s=argument("warm_start_timeout", parse_time, warm_start_timeout),
+        max_servers=argument("max_servers", parse_count, max_servers),
     )
     run = Run(
         wanted,

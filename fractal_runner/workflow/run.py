@@ -34,6 +34,7 @@ from fractal_runner.workflow.recovery import Recovery
 from fractal_runner.workflow.stage import check_program, check_resources
 from fractal_runner.workflow.turn import Beginning, RunCancelledError, Turn, state_after
 from fractal_runner.workflow.units import Stage, keys_of, order_of, stages_of, title
+from fractal_runner.workflow.warmth import WarmMode, WarmStarts
 
 if TYPE_CHECKING:
     from fractal_runner.executors.registry import Executors
@@ -52,6 +53,9 @@ class RunOptions:
         history: where it is recorded.
         resume: go on with what its directory holds.
         rerun_unknown: run units again even if nobody knows how far they got, and they should not be.
+        warm_start: which tasks start warm.
+        warm_start_timeout_s: seconds that their imports may take.
+        max_servers: how many fork servers there may be at a time.
     """
 
     remote: str | None
@@ -62,6 +66,9 @@ class RunOptions:
     history: HistoryChoice
     resume: bool
     rerun_unknown: bool
+    warm_start: WarmMode
+    warm_start_timeout_s: float
+    max_servers: int
 
 
 class Run:
@@ -102,6 +109,7 @@ class Run:
         self._drain = drain or threading.Event()
         self._is_cancelled_outside = is_cancelled
         self._cancelled = threading.Event()
+        self._warm = WarmStarts(options.warm_start, options.warm_start_timeout_s, options.max_servers, logger)
         self._turn: Turn | None = None
         self._left_running = False
         # From `execute` on:
@@ -139,6 +147,7 @@ class Run:
                 return self._execute_recorded(stages)
         finally:
             self._executors.close(wait=not self._left_running)
+            self._warm.close()
 
     def _execute_recorded(self, stages: list[list[Stage]]) -> Dataset:
         """Run, and record how the run ends, whichever way it does."""
@@ -185,6 +194,7 @@ class Run:
             stop_at_failure=options.stop_at_failure,
             window=options.window,
             grace_s=options.grace_s,
+            warm=self._warm,
         )
 
     def _execute(self, stages: list[list[Stage]]) -> Dataset:

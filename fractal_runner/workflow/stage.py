@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from fractal_runner.errors import HistoryError, JobExecutionError, TaskExecutionError
 from fractal_runner.history.writing import OwnershipLostError
 from fractal_runner.worker import processes
-from fractal_runner.worker.command import MARK_VARIABLE, run_unit
+from fractal_runner.worker.command import run_unit
 from fractal_runner.worker.processes import host_name
 from fractal_runner.worker.spec import CANCELLED, UNKILLABLE, UnitResult
 from fractal_runner.worker.stop import ask_to_stop
@@ -80,6 +80,7 @@ class StageRun:
             coordinator=(host_name(), os.getpid()),
             epoch=conditions.epoch,
             grace_s=conditions.grace_s,
+            warm=conditions.warm.terms(stage, len(urls)),
         )
         self._explain = Explain(self._place)
         self._watch = Watch(self._place, conditions)
@@ -88,6 +89,7 @@ class StageRun:
         self._adopted: dict[int, int] = {}  # the attempts that were taken on, by their units
         self._retried: dict[int, Judged] = {}  # the last failures of units that are tried again
         self._no_more = False  # nothing starts any more
+        self._told: set[str] = set()  # why units start cold
         self._problem: HistoryError | None = None
         make_folders(self._place)
 
@@ -133,6 +135,7 @@ class StageRun:
             raise
         finally:
             self._dispatch = None
+            self._run.warm.end_servers()
         if self._problem is not None:
             raise JobExecutionError(f"The run cannot go on: {self._problem}") from self._problem
         return self.outcome
@@ -275,7 +278,7 @@ class StageRun:
             return result.left_running or result.reason == UNKILLABLE
         if self._stage.command is None or not self._run.executors.is_local(self._executor_name):
             return False
-        mark = f"{MARK_VARIABLE}={self._place.spec(judged.unit).key}".encode()
+        mark = processes.mark_of(self._place.spec(judged.unit).key)
         return bool(processes.end_found(lambda: processes.bearers(mark), self._run.grace_s))
 
     def _judge(self, ended: Ended) -> Judged:
@@ -340,6 +343,8 @@ class StageRun:
                 else:
                     self.outcome.fail(judged.unit, judged.failure)
         self._watch.recorded(self._judged)
+        results = [judged.result for judged in self._judged if judged.result is not None]
+        self._run.warm.note(self._stage, results, self._told)
         self._judged.clear()
 
     def _ask_to_stop(self) -> None:

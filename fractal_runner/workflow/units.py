@@ -17,7 +17,7 @@ from typing import Any
 import cloudpickle
 
 from fractal_runner.worker.function import FunctionRef
-from fractal_runner.worker.spec import UnitSpec
+from fractal_runner.worker.spec import UnitSpec, WarmStart
 from fractal_runner.workflow.identity import unit_digest
 from fractal_runner.workflow.meta import Resources, read_meta
 from fractal_runner.workflow.models import Image, WorkflowTask
@@ -115,6 +115,7 @@ class Place:
         coordinator: host and pid of this process.
         epoch: which of the run's coordinators this is.
         grace_s: seconds between TERM and KILL.
+        warm: how its units may be started warm; None for a cold start.
     """
 
     stage: Stage
@@ -126,6 +127,7 @@ class Place:
     coordinator: tuple[str, int]
     epoch: int
     grace_s: float
+    warm: WarmStart | None = None
 
     def folders(self) -> Iterator[Path]:
         """The directories that must be there, parents first."""
@@ -154,6 +156,7 @@ class Place:
             coordinator=self.coordinator,
             epoch=self.epoch,
             digest=unit.digest,
+            warm=self.warm,
         )
 
     @property

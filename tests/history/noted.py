@@ -26,7 +26,8 @@ import psutil
 from fractal_runner import Dataset, History, Image, Task, Workflow, WorkflowTask, process_workflow
 from fractal_runner.history.schema import State
 from fractal_runner.worker.aftermath import read_traces
-from fractal_runner.worker.command import EVIDENCE_DIR, MARK_VARIABLE
+from fractal_runner.worker.command import EVIDENCE_DIR
+from fractal_runner.worker.processes import MARK_VARIABLE
 from fractal_runner.workflow.units import unit_of_key
 
 DEADLINE_S = 60.0

@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import sys
 import textwrap
+import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,14 @@ from fractal_runner.worker.warm import WarmChild
 UNIT_S = 60.0
 PYTHON = os.environ.get("FRACTAL_RUNNER_WARM_PYTHON", sys.executable)  # to try another version
 VARYING = ("FRACTAL_RUNNER_UNIT", "CHANGED", "REMOVED")
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Wait until this is so."""
+    deadline = time.monotonic() + UNIT_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ import pytest
 
 from fractal_runner.worker import processes, stop
 from fractal_runner.worker.aftermath import Trace, end_leftovers, read_traces
-from fractal_runner.worker.command import MARK_VARIABLE, run_unit
+from fractal_runner.worker.command import run_unit
 from fractal_runner.worker.evidence import CorruptEvidenceError, Ledger
-from fractal_runner.worker.processes import Identity
+from fractal_runner.worker.processes import MARK_VARIABLE, Identity
 from fractal_runner.worker.spec import CANCELLED, UnitSpec
 from fractal_runner.worker.stop import StopRequest, raise_fence
 

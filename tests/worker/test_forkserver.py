@@ -9,8 +9,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,16 +18,9 @@ from fractal_runner.worker import processes
 from fractal_runner.worker.server import Server
 from fractal_runner.worker.targets import Target
 from fractal_runner.worker.warm import ColdStart, ask
-from tests.worker.pairs import Bench
+from tests.worker.pairs import Bench, until
 
 DEADLINE_S = 60.0
-
-
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def listed(server: Server, name: str) -> list[str]:
@@ -317,7 +308,7 @@ def test_it_ends_when_it_is_idle(bench: Bench) -> None:
     with bench.server(words, idle_s=0.2) as server:
         assert server.wait_ready() is None
 
-        assert server._process.wait(DEADLINE_S) == 0
+        until(lambda: not server.runs())
         assert not Path(server.socket).parent.exists()
         with pytest.raises(ColdStart) as caught:
             bench.warm(server, words)
@@ -337,7 +328,7 @@ def test_it_ends_when_it_is_told(bench: Bench) -> None:
         assert server.wait_ready() is None
         ask(server.socket, "end")
 
-        assert server._process.wait(DEADLINE_S) == 0
+        until(lambda: not server.runs())
 
 
 @pytest.mark.parametrize("hangs", [False, True])

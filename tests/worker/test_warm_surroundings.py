@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.worker.pairs import Bench
+from tests.worker.pairs import Bench, until
 
 SEEN = {
     "arguments": "print(sys.argv, sys.orig_argv, sys.flags, sys.executable, sys.prefix)",
@@ -263,7 +263,7 @@ def test_a_changed_script_is_seen(bench: Bench) -> None:
             with pytest.raises(ColdStart, match=f"{name} has changed") as caught:
                 bench.warm(server, words)
             assert caught.value.gone
-            assert server._process.wait(60) == 0
+            until(lambda: not server.runs())
         bench.same(words)
 
 
@@ -357,7 +357,7 @@ def test_no_unit_is_left_when_the_server_is_killed(bench: Bench) -> None:
         child = bench.start(server, words)
         while not (bench.folder / "up").exists():
             assert not child.wait(0.01)
-        server._process.kill()
+        os.kill(server.pid, 9)
 
         assert child.wait(60)
         assert (child.lost, child.returncode) == (True, None)

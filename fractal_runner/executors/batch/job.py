@@ -37,6 +37,7 @@ from fractal_runner.executors.local.peers import KILLED_HINT
 from fractal_runner.executors.local.pickling import dump
 from fractal_runner.executors.local.workers import KeptForkWorker, Surroundings
 from fractal_runner.filesystems import is_shared
+from fractal_runner.worker import station
 from fractal_runner.worker.memory import oom_kills
 from fractal_runner.worker.processes import NODE_VARIABLE, host_name
 
@@ -140,6 +141,7 @@ class _Job:
             self._log.write(Kind.REFUSE, why=why)
             return
         os.environ[NODE_VARIABLE] = self._place.node
+        station.serve_this_job()
         sys.path.extend(place for place in self.payload.header["search"] if place not in sys.path)
         for name, level in self.payload.header["levels"].items():
             logging.getLogger(name or None).setLevel(level)
@@ -166,6 +168,7 @@ class _Job:
                     dispatcher.put(call)
             why = self._see_through(dispatcher)
             dispatcher.close(wait=self.broken is None)
+            station.leave_this_job()
         if self.broken is not None:
             raise self.broken
         if self._ended_by is not None:

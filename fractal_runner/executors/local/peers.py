@@ -29,7 +29,7 @@ from fractal_runner.worker import processes
 KILLED_HINT = " (is it the kernel's out-of-memory killer? its log, dmesg, tells)"
 OUTPUT_LIMIT_BYTES = 16 * 2**20
 _TICK_S = 0.25  # how often it is looked whether the call is to be stopped
-_TERM_GRACE_S = 1.0
+TERM_GRACE_S = 1.0
 _EXIT_WAIT_S = 5.0
 _REAP_WAIT_S = 1.0
 _SILENCE_S = 0.001  # a process that has just answered has not died since
@@ -222,7 +222,7 @@ class Peer:
             f"The worker process (pid {self.pid}) {how}, {when}.", reason=reason, returncode=code
         )
 
-    def kill(self, grace_s: float = _TERM_GRACE_S) -> None:
+    def kill(self, grace_s: float = TERM_GRACE_S) -> None:
         """End the process and all that it has started."""
         processes.end_tree(self.pid, grace_s)
 

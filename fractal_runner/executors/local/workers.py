@@ -21,11 +21,11 @@ from fractal_runner.executors.cpus import thread_variables
 from fractal_runner.executors.local import child
 from fractal_runner.executors.local.dispatcher import Worker
 from fractal_runner.executors.local.forking import ForkProcess
-from fractal_runner.executors.local.peers import NotStartedError, Peer
+from fractal_runner.executors.local.peers import TERM_GRACE_S, NotStartedError, Peer
 from fractal_runner.executors.local.reports import dump_call, handle_record, has_output, report_end
 from fractal_runner.executors.slots import SlotPool
 from fractal_runner.quantities import format_time
-from fractal_runner.worker import evidence
+from fractal_runner.worker import evidence, processes
 
 _PROCESS_START_S = 60.0  # a fresh interpreter, with what it imports from a slow file system
 _FORK_START_S = 10.0
@@ -175,6 +175,10 @@ class _ProcessWorker(Worker):
         if self._peer is not None:
             if kill:
                 self._peer.kill()
+            # What a fork server has started for it is nobody's child here.
+            if call.options.key:
+                mark = processes.mark_of(call.options.key)
+                processes.end_found(lambda: processes.bearers(mark), TERM_GRACE_S if kill else 0)
             call.future.output = self._peer.take_output()
         self._discard()
         self._fail(call, error)
