@@ -1,13 +1,18 @@
 """Sizes, times and counts as people write them, parsed in one place.
 
 Every layer that takes a memory size or a duration (a task's meta, an executor's options, a
-configuration file) calls these functions; what does not parse is an error, never a default.
+configuration file) calls these functions; what does not parse is an error, never a default. By `argument`
+and `optional` such an error names the argument that it is about.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 _UNITS = {
     "": 10**6,  # a bare number is in MB, as in Fractal's meta and in sbatch --mem
@@ -86,6 +91,32 @@ def parse_count(value: object, least: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{value!r} is not a whole number of at least {least}")
     return value
+
+
+def argument(name: str, parse: Callable[[Any], T], value: object) -> T:
+    """The value of an argument, parsed.
+
+    Args:
+        name: of the argument, for the message.
+        parse: makes of the value what is meant by it, or raises ValueError.
+        value: as it was given, whatever that is: a parser has to look at it.
+
+    Raises:
+        ValueError: if it is not what it should be, naming the argument.
+    """
+    try:
+        return parse(value)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def optional(name: str, parse: Callable[[Any], T], value: object) -> T | None:
+    """As `argument`; None for None.
+
+    Raises:
+        ValueError: if it is neither None nor what it should be, naming the argument.
+    """
+    return None if value is None else argument(name, parse, value)
 
 
 def format_size(size: int) -> str:

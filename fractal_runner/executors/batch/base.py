@@ -33,7 +33,7 @@ from fractal_runner.executors.leaving import close_when_gone, wait_at_exit
 from fractal_runner.executors.local.pickling import dump
 from fractal_runner.executors.local.reports import dump_call
 from fractal_runner.executors.local.workers import dump_context
-from fractal_runner.quantities import parse_count, parse_size, parse_time
+from fractal_runner.quantities import argument, optional, parse_count, parse_size, parse_time
 
 MAX_JOBS = 1000
 PACKING_OPTIONS = frozenset({"tasks_per_job", "parallel_tasks_per_job"})
@@ -134,12 +134,12 @@ class BatchExecutor(Executor):
         name: str | None = None,
         context: Mapping[str, Any] | None = None,
     ) -> None:
-        jobs = MAX_JOBS if max_jobs is None else parsed("max_jobs", parse_count, max_jobs)
+        jobs = optional("max_jobs", parse_count, max_jobs) or MAX_JOBS
         at_a_time = jobs * (parallel_calls_per_job or 1) if max_workers is None else max_workers
         super().__init__(max_workers=at_a_time, name=name, context=context)
         chosen = {"cpus": cpus, "gpus": gpus, "time": time, "queue": queue, "account": account}
         if memory is not None:
-            chosen["memory"] = f"{parsed('memory', parse_size, memory)}B"
+            chosen["memory"] = f"{argument('memory', parse_size, memory)}B"
         self._options = self._options.replaced(**{n: v for n, v in chosen.items() if v is not None})
         self._packing = Packing.of(
             calls_per_job=calls_per_job,
@@ -154,12 +154,12 @@ class BatchExecutor(Executor):
         limits = Limits(
             max_workers=sys.maxsize if max_workers is None else self.max_workers,
             max_jobs=jobs,
-            max_array=None if max_array is None else parsed("max_array", parse_count, max_array),
-            max_time=_optional("max_time", max_time),
-            poll_interval=parsed("poll_interval", parse_time, poll_interval),
-            pending_timeout=_optional("pending_timeout", pending_timeout),
-            grace=_optional("grace", grace),
-            submission_timeout=parsed("submission_timeout", parse_time, submission_timeout),
+            max_array=optional("max_array", parse_count, max_array),
+            max_time=optional("max_time", parse_time, max_time),
+            poll_interval=argument("poll_interval", parse_time, poll_interval),
+            pending_timeout=optional("pending_timeout", parse_time, pending_timeout),
+            grace=optional("grace", parse_time, grace),
+            submission_timeout=argument("submission_timeout", parse_time, submission_timeout),
         )
         self.scheduler = scheduler
         # Not a method of this object: the manager, which has it, must not keep this object from being let go.
@@ -347,23 +347,6 @@ def _seen_as(path_map: Mapping[str, str], path: str) -> str:
         if path == here or path.startswith(f"{here}/"):
             return there + path[len(here) :]
     return path
-
-
-def _optional(name: str, value: int | float | str | None) -> float | None:
-    seconds: float | None = parsed(name, parse_time, value)
-    return seconds
-
-
-def parsed(name: str, parse: Any, value: Any) -> Any:
-    """The value of an argument, parsed; None for None.
-
-    Raises:
-        ValueError: if it is not what it should be, naming the argument.
-    """
-    try:
-        return None if value is None else parse(value)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
 
 
 def _submitted_earlier(*_: Any, **__: Any) -> None:

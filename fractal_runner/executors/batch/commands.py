@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from fractal_runner.executors.batch.scheduler import SchedulerError
-from fractal_runner.quantities import parse_time
+from fractal_runner.quantities import argument, parse_time
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -157,10 +157,7 @@ def parse_timeout(value: int | float | str) -> float:
     Raises:
         ValueError: if it is no such time.
     """
-    try:
-        return parse_time(value)
-    except ValueError as error:
-        raise ValueError(f"command_timeout: {error}") from None
+    return argument("command_timeout", parse_time, value)
 
 
 def parse_python(value: str | None) -> str:

@@ -7,10 +7,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Unpack
 
-from fractal_runner.executors.batch.base import BatchExecutor, BatchOptions, parsed
+from fractal_runner.executors.batch.base import BatchExecutor, BatchOptions
 from fractal_runner.executors.batch.lsf_scheduler import LsfScheduler
 from fractal_runner.executors.batch.lsf_submission import MemoryPer, MemoryUnit
-from fractal_runner.quantities import parse_count, parse_time
+from fractal_runner.quantities import optional, parse_count, parse_time
 
 
 class LsfExecutor(BatchExecutor):
@@ -119,10 +119,10 @@ class LsfExecutor(BatchExecutor):
         super().__init__(
             scheduler,
             folder,
-            cpus=parsed("cores", parse_count, cores),
+            cpus=optional("cores", parse_count, cores),
             memory=memory,
             gpus=gpus,
-            time=parsed("walltime", parse_time, walltime),
+            time=optional("walltime", parse_time, walltime),
             queue=queue,
             account=None if project is None else str(project),  # some are numbers
             **options,

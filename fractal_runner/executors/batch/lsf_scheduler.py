@@ -46,7 +46,7 @@ from fractal_runner.executors.batch.scheduler import (
     SchedulerError,
     SubmissionRefusedError,
 )
-from fractal_runner.quantities import parse_count
+from fractal_runner.quantities import optional, parse_count
 
 _MAX_ARRAY = 1000  # MAX_JOB_ARRAY_SIZE of both families, where a site has not set it
 _ARRAYS_PER_COMMAND = 500
@@ -146,7 +146,7 @@ class LsfScheduler(Scheduler):
         self._bsub = parse_words("bsub_cmd", bsub_cmd, least=1)
         self._bjobs = parse_words("bjobs_cmd", bjobs_cmd, least=1)
         self._bkill = parse_words("bkill_cmd", bkill_cmd, least=1)
-        self._max_array = _count("max_array", max_array, _MAX_ARRAY)
+        self._max_array = optional("max_array", parse_count, max_array) or _MAX_ARRAY
         self._asking = threading.Lock()  # guards the next one
         self._dialect: words.Dialect | None = None
         self._has_fields = True  # until IBM's bjobs does not know of them
@@ -201,7 +201,8 @@ class LsfScheduler(Scheduler):
         found: dict[str, JobStatus] = {}
         arrays = list(dict.fromkeys(map(_array_of, jobs)))
         for some in _chunks(arrays, _ARRAYS_PER_COMMAND):
-            asked = {job: name for job, name in jobs.items() if _array_of(job) in set(some)}
+            chosen = set(some)
+            asked = {job: name for job, name in jobs.items() if _array_of(job) in chosen}
             found |= self._states(some, asked)
         # Elements of which nothing is said may have been forgotten, each by itself: that is said if one asks.
         missing = {job: name for job, name in jobs.items() if job not in found}
@@ -381,13 +382,6 @@ def _chosen(name: str, value: Any, known: Collection[str]) -> Any:
     near = did_you_mean(word, known)
     hint = f": {near}" if near.startswith("did") else ""
     raise ValueError(f"{name}: {value!r} is none of {', '.join(known)}{hint}")
-
-
-def _count(name: str, value: int | None, default: int) -> int:
-    try:
-        return default if value is None else parse_count(value)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
 
 
 def _array_of(job: str) -> str:

@@ -54,11 +54,11 @@ class MemoryTerms:
 
     def limit(self, memory: int) -> int:
         """So many bytes, in the unit of `-M`."""
-        return math.ceil(memory / self.limit_unit)
+        return -(-memory // self.limit_unit)  # in whole numbers: floats would round large ones down
 
     def reserve(self, memory: int, *, cpus: int, hosts: int) -> int:
         """What is to be reserved of so many bytes of a job, in the unit of `rusage`."""
-        return math.ceil(memory / {"job": 1, "host": hosts, "task": cpus}[self.per] / self.reserve_unit)
+        return -(-memory // ({"job": 1, "host": hosts, "task": cpus}[self.per] * self.reserve_unit))
 
 
 def bsub_words(

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
-from fractal_runner.quantities import format_size, parse_count, parse_size
+from fractal_runner.quantities import argument, format_size, parse_count, parse_size
 
 TARGET_JOBS = 20
 MAX_JOBS = 100  # of one call at a time; of so many fewer jobs, if nothing is said, as each runs more
@@ -88,7 +87,7 @@ class Packing:
     def __post_init__(self) -> None:
         for name, value in self._values().items():
             if value is not None or name == "target_jobs":
-                _parsed(name, parse_count, value)
+                argument(name, parse_count, value)
 
     @classmethod
     def of(cls, **given: Any) -> Self:
@@ -100,7 +99,8 @@ class Packing:
         """
         sizes = ("target_memory_per_job", "max_memory_per_job")
         said = {name: value for name, value in given.items() if value is not None}
-        return cls(**{n: _parsed(n, parse_size, value) if n in sizes else value for n, value in said.items()})
+        parsed = {name: argument(name, parse_size, said[name]) for name in sizes if name in said}
+        return cls(**said | parsed)
 
     def replaced(
         self, calls_per_job: int | None = None, parallel_calls_per_job: int | None = None
@@ -162,7 +162,7 @@ class Packing:
         Raises:
             ValueError: if a call, or as many of them as are to run at a time, do not fit into a job.
         """
-        _parsed("total", parse_count, total)
+        argument("total", parse_count, total)
         self.check(cpus=cpus, memory=memory)
         target, most = self._fit(cpus, memory, alone=alone or gpus > 0)
         max_jobs = self.max_jobs
@@ -244,10 +244,3 @@ def job_time(
 def lead_s(time_s: float) -> float:
     """How many seconds before its end a job that has so many starts nothing more."""
     return min(_LONGEST_LEAD_S, time_s / 10)
-
-
-def _parsed(name: str, parse: Callable[[Any], int], value: Any) -> int:
-    try:
-        return parse(value)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None

@@ -6,9 +6,9 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Unpack
 
-from fractal_runner.executors.batch.base import BatchExecutor, BatchOptions, parsed
+from fractal_runner.executors.batch.base import BatchExecutor, BatchOptions
 from fractal_runner.executors.batch.slurm_scheduler import SlurmScheduler
-from fractal_runner.quantities import parse_count
+from fractal_runner.quantities import optional, parse_count
 
 
 class SlurmExecutor(BatchExecutor):
@@ -100,7 +100,7 @@ class SlurmExecutor(BatchExecutor):
         super().__init__(
             scheduler,
             folder,
-            cpus=parsed("cpus_per_task", parse_count, cpus_per_task),
+            cpus=optional("cpus_per_task", parse_count, cpus_per_task),
             memory=mem,
             gpus=gpus,
             time=time,

@@ -7,7 +7,7 @@ import sys
 import threading
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from fractal_runner.executors.base import Executor, View, at_least_one
 from fractal_runner.executors.calls import Call, CallOptions, TaskInfo
@@ -24,9 +24,7 @@ from fractal_runner.executors.local.workers import (
     fresh_processes,
 )
 from fractal_runner.executors.slots import SlotPool
-from fractal_runner.quantities import format_size, parse_count, parse_size, parse_time
-
-T = TypeVar("T")
+from fractal_runner.quantities import format_size, optional, parse_count, parse_size, parse_time
 
 
 class SerialExecutor(Executor):
@@ -97,15 +95,15 @@ class LocalExecutor(Executor):
         workers = usable_cpus() if max_workers is None else at_least_one(max_workers)
         super().__init__(max_workers=workers, name=name, context=context)
         self._budget = Budget(
-            cpus=_parsed("max_cpus", parse_count, max_cpus) or max(usable_cpus(), workers),
-            memory=_parsed("max_memory", parse_size, max_memory),
+            cpus=optional("max_cpus", parse_count, max_cpus) or max(usable_cpus(), workers),
+            memory=optional("max_memory", parse_size, max_memory),
         )
         self._dispatcher = Dispatcher(
             self._maker(Surroundings(self._context, slots)),
             max_workers=workers,
             budget=self._budget,
             places=slots,
-            idle_timeout=_parsed("idle_timeout", parse_time, idle_timeout),
+            idle_timeout=optional("idle_timeout", parse_time, idle_timeout),
             name=self.name,
         )
         self._monitor = Monitor()
@@ -243,10 +241,3 @@ class ForkExecutor(LocalExecutor):
                 f"ForkExecutor needs Linux 5.3 or newer, and this is {sys.platform}: take SpawnExecutor"
             )
         return lambda dispatcher: ForkWorker(surroundings)
-
-
-def _parsed(name: str, parse: Callable[[Any], T], value: Any) -> T | None:
-    try:
-        return None if value is None else parse(value)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None

@@ -8,13 +8,13 @@ import pwd
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from tests.clusters.directory import own_directory
 from tests.clusters.lsf import client
 from tests.clusters.lsf.dialects import DIALECTS
 from tests.clusters.lsf.seen import ClientCall, JobSeen, dangerous_kills, read_calls
@@ -155,22 +155,14 @@ class LsfCluster:
         # Here, as the scheduler imports this package as well, in an interpreter without psutil.
         from tests.clusters.slurm.keeper import Keeper
 
-        directory = self._wanted_directory or Path(tempfile.mkdtemp(prefix="fr-lsf-", dir="/tmp"))
-        if len(str(directory)) > _LONGEST_DIRECTORY:
-            raise ValueError(f"{directory}: unix sockets have short names: at most {_LONGEST_DIRECTORY}")
-        directory.mkdir(exist_ok=True)
-        if directory.stat().st_uid != os.getuid():
-            raise ValueError(f"{directory} is someone else's")
-        if any(directory.iterdir()):
-            raise ValueError(f"{directory} is not empty, and all that is there would go at the end")
-        directory.chmod(0o700)
+        directory = own_directory(self._wanted_directory, prefix="fr-lsf-", longest=_LONGEST_DIRECTORY)
         self.directory = directory
         self.settings = Settings(directory=str(directory), **self._wanted)
         self._keeper = Keeper(directory, [])
         try:
             self._write_programs()
             self._start_scheduler()
-        except BaseException:
+        except BaseException:  # whatever it is, a Ctrl-C as well: nobody else has what runs by now
             self.stop()
             raise
 

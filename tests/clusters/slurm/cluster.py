@@ -6,12 +6,12 @@ import os
 import shutil
 import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal, Self
 
+from tests.clusters.directory import own_directory
 from tests.clusters.slurm.configuration import Configuration, find_control_groups, free_ports
 from tests.clusters.slurm.keeper import Daemon, Keeper, remove_control_groups
 
@@ -101,15 +101,7 @@ class SlurmCluster:
 
     def start(self) -> None:
         """Start it, and wait until all nodes are up."""
-        directory = self._wanted_directory or Path(tempfile.mkdtemp(prefix="fr-slurm-", dir="/tmp"))
-        if len(str(directory)) > _LONGEST_DIRECTORY:
-            raise ValueError(f"{directory}: unix sockets have short names: at most {_LONGEST_DIRECTORY}")
-        directory.mkdir(exist_ok=True)
-        if directory.stat().st_uid != os.getuid():
-            raise ValueError(f"{directory} is someone else's")
-        if any(directory.iterdir()):
-            raise ValueError(f"{directory} is not empty, and all that is there would go at the end")
-        directory.chmod(0o700)
+        directory = own_directory(self._wanted_directory, prefix="fr-slurm-", longest=_LONGEST_DIRECTORY)
         self.directory = directory
         self._configuration = Configuration(
             directory=directory,
@@ -131,7 +123,7 @@ class SlurmCluster:
             for node in self.nodes:
                 self._start_node(node)
             self.wait_for_nodes()
-        except BaseException:
+        except BaseException:  # whatever it is, a Ctrl-C as well: nobody else has what runs by now
             self.stop()
             raise
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fractal_runner.executors.batch.lsf_options import OPTIONS
@@ -129,21 +129,19 @@ def test_a_users_reservation_of_memory_counts_beside_the_limit() -> None:
 
 
 @given(
-    st.integers(1, 2**50),
+    st.integers(1, 2**50) | st.integers(2**50, 2**70),
     st.integers(1, 200),
     st.sampled_from(sorted(UNITS)),
     st.sampled_from(["job", "host", "task"]),
 )
+@example(2**53 + 1, 1, "KB", "job")  # the first that a float does not have
+@example(2**53 + 1, 2, "KB", "task")
 def test_no_job_gets_less_memory_than_it_needs(amount: int, cpus: int, unit: str, per: Any) -> None:
     words = said(terms=MemoryTerms(UNITS[unit], UNITS[unit], per), cpus=cpus, memory=amount)
     shares = cpus if per == "task" else 1
     reserved = int(re.findall(r"mem=(\d+)", value_of("-R", words))[0])
     for number, times in ((int(value_of("-M", words)), 1), (reserved, shares)):
-        assert (
-            number * UNITS[unit] * times
-            >= amount * (1 - 1e-12)
-            > (number - 1) * UNITS[unit] * times * (1 - 1e-9)
-        )
+        assert number * UNITS[unit] * times >= amount > (number - 1) * UNITS[unit] * times
 
 
 @given(st.floats(0.001, 10**8))
