@@ -24,6 +24,7 @@ from fractal_runner.cli.parameters import (
     First,
     HistoryUrl,
     Last,
+    MaxServers,
     MaxWorkers,
     NewHistoryUrl,
     Output,
@@ -31,6 +32,8 @@ from fractal_runner.cli.parameters import (
     TaskEnv,
     TypeFilter,
     Verbose,
+    WarmStart,
+    WarmStartTimeout,
     WorkflowFile,
     ZarrDir,
 )
@@ -67,6 +70,9 @@ def run(
     zarr_dir: ZarrDir = None,
     task_env: TaskEnv = None,
     output: Output = None,
+    warm_start: WarmStart = None,
+    warm_start_timeout: WarmStartTimeout = None,
+    max_servers: MaxServers = None,
     db: NewHistoryUrl = None,
     verbose: Verbose = False,
 ) -> None:
@@ -83,6 +89,7 @@ def run(
     _log_if(verbose)
     _expect_directory_of(output)
     options = given.read_executor_options(executor_opt or (), max_workers)
+    warm = given.read_warm_start(warm_start, warm_start_timeout, max_servers)
     try:
         registry.check(executor, options)
     except ValueError as error:
@@ -90,7 +97,14 @@ def run(
     repeated = ["--executor", executor]
     for word in executor_opt or ():
         repeated += ["--executor-opt", word]
-    for name, value in (("--max-workers", max_workers), ("--task-env", task_env), ("--output", output)):
+    for name, value in (
+        ("--max-workers", max_workers),
+        ("--task-env", task_env),
+        ("--output", output),
+        ("--warm-start", warm_start),
+        ("--warm-start-timeout", warm_start_timeout),
+        ("--max-servers", max_servers),
+    ):
         if value is not None:
             repeated += [name, str(value)]
     request = RunRequest(
@@ -107,6 +121,7 @@ def run(
         output=output,
         repeated=repeated,
         history=db,
+        warm=warm,
     )
     raise typer.Exit(execute(request, console))
 
@@ -134,6 +149,9 @@ def resume(
         bool,
         typer.Option("--rerun-unknown", help="Run units again even if nobody knows how far they got."),
     ] = False,
+    warm_start: WarmStart = None,
+    warm_start_timeout: WarmStartTimeout = None,
+    max_servers: MaxServers = None,
     db: HistoryUrl = None,
     verbose: Verbose = False,
 ) -> None:
@@ -155,6 +173,7 @@ def resume(
         executor=executor,
         options=given.read_executor_options(executor_opt or (), max_workers),
         last=last,
+        warm=given.read_warm_start(warm_start, warm_start_timeout, max_servers),
     )
     with open_run(directory, db) as found:
         request = request_of(found, changes, history=db, output=output, rerun_unknown=rerun_unknown)

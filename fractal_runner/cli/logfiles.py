@@ -45,7 +45,9 @@ class Printer:
         log = first_line(str(self._directory / unit.log)) if unit.log else "no log is recorded"
         note = f" ({note})" if note and unit.log else ""
         self._end_line()
-        self._stream.write(f"==> {title}{image}, {unit.state}, attempt {unit.attempt}: {log}{note} <==\n")
+        start = f", started {unit.start}" if unit.start else ""
+        state = f"{unit.state}{start}, attempt {unit.attempt}"
+        self._stream.write(f"==> {title}{image}, {state}: {log}{note} <==\n")
 
     def text(self, text: str) -> None:
         """Print a part of a log."""

@@ -9,6 +9,11 @@ from typing import Any
 
 import typer
 
+from fractal_runner.errors import did_you_mean
+from fractal_runner.quantities import parse_time
+
+MODES = ("auto", "always", "never")
+
 _PLAIN = re.compile(r"[A-Za-z_][\w.+-]*")
 
 
@@ -63,6 +68,24 @@ def read_executor_options(given: Iterable[str], max_workers: int | None) -> dict
     if max_workers is not None:
         options["max_workers"] = max_workers
     return options
+
+
+def read_warm_start(mode: str | None, timeout: str | None, max_servers: int | None) -> dict[str, Any]:
+    """What was said of warm starts, as arguments of process_workflow.
+
+    Raises:
+        typer.BadParameter: saying what would be right.
+    """
+    if mode is not None and mode not in MODES:
+        raise typer.BadParameter(
+            f"{mode!r} is none of {', '.join(MODES)}: {did_you_mean(mode, MODES)}", param_hint="--warm-start"
+        )
+    try:
+        seconds = None if timeout is None else parse_time(timeout)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--warm-start-timeout") from None
+    said = {"warm_start": mode, "warm_start_timeout": seconds, "max_servers": max_servers}
+    return {name: value for name, value in said.items() if value is not None}
 
 
 def filter_arguments(types: Mapping[str, bool], attributes: Mapping[str, Sequence[Any]]) -> list[str]:

@@ -72,4 +72,22 @@ NewHistoryUrl = Annotated[
         "a file in the run's directory if not given."
     ),
 ]
+WarmStart = Annotated[
+    str | None,
+    typer.Option(
+        "--warm-start",
+        metavar="auto|always|never",
+        help="Whether the units of a task share its imports (auto).",
+    ),
+]
+WarmStartTimeout = Annotated[
+    str | None,
+    typer.Option(
+        "--warm-start-timeout", metavar="TIME", help="A task whose imports take longer starts cold (60s)."
+    ),
+]
+MaxServers = Annotated[
+    int | None,
+    typer.Option("--max-servers", min=1, help="How many processes with imports there may be at a time (4)."),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens.")]

@@ -29,12 +29,14 @@ class Changes:
         executor: name of another executor; the recorded one if None.
         options: options of the executor, over those that are recorded, if it is the same.
         last: position of the last task; the recorded one if None.
+        warm: what is said of warm starts.
     """
 
     workflow: Workflow | None
     executor: str | None
     options: Mapping[str, Any]
     last: int | None
+    warm: Mapping[str, Any]
 
 
 def request_of(
@@ -83,6 +85,7 @@ def request_of(
         rerun_unknown=rerun_unknown,
         job_id=run.job_id,
         user_id=run.user_id,
+        warm=changes.warm,
     )
 
 

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ class RunRequest:
         resume: go on with the run that the directory holds.
         rerun_unknown: in a resume, run units again even if nobody knows how far they got.
         job_id, user_id: as they are recorded.
+        warm: what process_workflow is told of warm starts.
     """
 
     workflow_file: Path | None
@@ -72,6 +73,7 @@ class RunRequest:
     rerun_unknown: bool = False
     job_id: str | None = None
     user_id: str | None = None
+    warm: Mapping[str, Any] = field(default_factory=dict)
 
 
 def execute(request: RunRequest, console: Console) -> int:
@@ -114,6 +116,7 @@ class _Session:
                 user_id=request.user_id,
                 on_event=self._on_event,
                 drain=self._drain,
+                **request.warm,
             )
         )
         loop = asyncio.get_running_loop()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from sqlalchemy import Row
 
 from fractal_runner.cli.locate import INTERRUPTED, Condition, LocatedRun
 from fractal_runner.cli.wording import first_line
+from fractal_runner.history.reading import STARTS
 from fractal_runner.history.schema import State
 
 FAILURES_SHOWN = 10
@@ -34,6 +35,7 @@ class TaskStatus:
         state: as it is recorded; WAITING before it begins, INTERRUPTED if it was.
         units: how many there are as far as is known; None before it begins.
         counts: how many of them are in each state.
+        starts: how many of their commands were started warm, and cold.
         started, ended: when, in seconds since the epoch.
         error: why it is not done.
     """
@@ -43,6 +45,7 @@ class TaskStatus:
     state: str
     units: int | None
     counts: Mapping[State, int]
+    starts: Mapping[str, int] = field(default_factory=dict)
     started: float | None = None
     ended: float | None = None
     error: str | None = None
@@ -107,9 +110,10 @@ def status_of(found: LocatedRun) -> Status:
 
         return list(islice(units(), limit))
 
+    starts = reader.starts(run_id)
     names = [item["task"]["name"] for item in json.loads(run.workflow)["task_list"]]
     tasks = [
-        _begun(begun[position], condition, counts[position])
+        _begun(begun[position], condition, counts[position], starts.get(position, {}))
         if position in begun
         else TaskStatus(position, names[position], WAITING, None, counts[position])
         for position in positions
@@ -118,10 +122,13 @@ def status_of(found: LocatedRun) -> Status:
     return Status(found.directory, condition, tasks, failures, running)
 
 
-def _begun(row: Row[Any], condition: Condition, counts: Mapping[State, int]) -> TaskStatus:
+def _begun(
+    row: Row[Any], condition: Condition, counts: Mapping[State, int], starts: Mapping[str, int]
+) -> TaskStatus:
     was_left = row.state == State.RUNNING and not condition.is_running
     state = INTERRUPTED if was_left else row.state
-    return TaskStatus(row.position, row.name, state, row.units, counts, row.started, row.ended, row.error)
+    times = row.started, row.ended
+    return TaskStatus(row.position, row.name, state, row.units, counts, starts, *times, row.error)
 
 
 def as_json(status: Status) -> dict[str, Any]:
@@ -157,6 +164,7 @@ def as_json(status: Status) -> dict[str, Any]:
                 "units": task.units,
                 **{state.value: task.counts.get(state, 0) for state in State},
                 WAITING: task.waiting,
+                "starts": {start: task.starts.get(start, 0) for start in STARTS},
             }
             for task in status.tasks
         ],
@@ -167,6 +175,7 @@ def as_json(status: Status) -> dict[str, Any]:
                 "returncode": unit.returncode,
                 "signal": unit.signal,
                 "reason": unit.reason,
+                "start": unit.start,
                 "ended": unit.ended,
             }
             for unit in status.failures

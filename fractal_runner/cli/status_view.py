@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 
 from rich.console import Console, Group, RenderableType
@@ -100,13 +100,21 @@ def _tasks(tasks: Iterable[TaskStatus]) -> Table:
     table.add_column("state", no_wrap=True)
     for title in ("units", *_COLUMNS, WAITING):
         table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("start", no_wrap=True)
     for task in tasks:
         cells = [Text(f"{task.position} {first_line(task.name)}")]
         cells.append(Text(task.state, style=STYLES.get(task.state, "")))
         cells.append(_count(task.units))
         cells += [_count(task.counts.get(state, 0), STYLES.get(state, "")) for state in _COLUMNS]
-        table.add_row(*cells, _count(task.waiting, STYLES[WAITING]))
+        table.add_row(*cells, _count(task.waiting, STYLES[WAITING]), _starts(task.starts))
     return table
+
+
+def _starts(starts: Mapping[str, int]) -> str:
+    """How the task's commands were started; with numbers, where not all were started alike."""
+    if len(starts) == 1:
+        return next(iter(starts))
+    return ", ".join(f"{count} {start}" for start, count in starts.items())
 
 
 def _count(count: int | None, style: str = "") -> Text:

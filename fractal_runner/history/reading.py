@@ -10,7 +10,9 @@ from sqlalchemy import ColumnElement, Row, case, func, select, tuple_
 
 from fractal_runner.history.database import Database
 from fractal_runner.history.schema import State, image_statuses, owners, runs, tasks, units
+from fractal_runner.worker.spec import COLD, WARM
 
+STARTS = (WARM, COLD)
 UNSET = "unset"  # the status of an image that a workflow task has never been given
 
 _WITHOUT_BULK = [column for column in runs.columns if column.name not in ("workflow", "dataset")]
@@ -98,6 +100,21 @@ class HistoryReader:
             for position, stage, *numbers in rows
         }
 
+    def starts(self, run_id: str) -> dict[int, dict[str, int]]:
+        """How many commands of each task were started warm, and cold; of attempts only the last."""
+        counts = [func.count(case((units.c.start == start, 1))) for start in STARTS]
+        query = (
+            select(units.c.position, *counts)
+            .where(units.c.run_id == run_id, units.c.is_last)
+            .group_by(units.c.position)
+        )
+        with self._database.reading() as connection:
+            rows = connection.execute(query).all()
+        return {
+            position: {start: n for start, n in zip(STARTS, numbers, strict=True) if n}
+            for position, *numbers in rows
+        }
+
     def units(
         self,
         run_id: str,
@@ -144,7 +161,8 @@ class HistoryReader:
             states: only in one of these.
             last_only: of the attempts at a unit, only the last one.
         """
-        columns = [*_PLACE, units.c.is_last, units.c.state, units.c.zarr_url, units.c.started, units.c.log]
+        about = units.c.is_last, units.c.state, units.c.zarr_url, units.c.started, units.c.start, units.c.log
+        columns = [*_PLACE, *about]
         chosen = _chosen(run_id, position, number, states, last_only=last_only)
         query = select(*columns).where(*chosen).order_by(*_PLACE).limit(_CHUNK)
         page = query

@@ -227,8 +227,7 @@ def _start(spec: UnitSpec, command: tuple[str, ...], stop: StopRequest) -> tuple
     why_cold = ""
     if spec.warm is not None and (cwd := _current_directory()):
         station = station_for(spec.coordinator, spec.warm)
-        log = f"{spec.server_log}-{processes.host_name()}-{os.getpid()}.log"
-        unit = Wanted(words, len(command), cwd, environment, mark, spec.log_file, log, spec.warm)
+        unit = Wanted(words, len(command), cwd, environment, mark, spec.log_file, spec.warm)
         child, why_cold = station.start(unit, stop.asked)
         if child is not None:
             return child, ""

@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -158,6 +158,19 @@ def bearers(mark: bytes) -> list[int]:
     """
     own = os.getpid()
     return [pid for pid in _all_pids() if pid != own and entry_of(pid, mark) == mark]
+
+
+def bearers_by_key(keys: Collection[str]) -> dict[str, list[int]]:
+    """The processes of this host that bear the mark of each of these keys, in one look at all of them."""
+    own = os.getpid()
+    found: dict[str, list[int]] = {}
+    beginning = mark_of("")
+    for pid in _all_pids():
+        if pid != own and (entry := entry_of(pid, beginning)) is not None:
+            key = entry.removeprefix(beginning).decode(errors="replace")
+            if key in keys:
+                found.setdefault(key, []).append(pid)
+    return found
 
 
 def entry_of(pid: int, beginning: bytes) -> bytes | None:

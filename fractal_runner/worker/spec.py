@@ -51,12 +51,15 @@ class WarmStart(_Travelling):
         ticks: when the coordinator's process started, in clock ticks since boot; 0 if that is not known.
         timeout_s: seconds that the imports of a server may take.
         most: how many servers one owner may have on a host.
+        log: what the files are called in which servers say what happens to them, but for the host and the
+            pid of who starts one.
     """
 
     station: str
     ticks: int
     timeout_s: float
     most: int
+    log: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,11 +116,6 @@ class UnitSpec(_Travelling):
     @property
     def log_file(self) -> str:
         return f"{self.folder}/{self.prefix}-log.txt"
-
-    @property
-    def server_log(self) -> str:
-        """What the log of a fork server is called, before its host and number."""
-        return f"{self.folder}/fork-server"
 
 
 @dataclass(frozen=True, slots=True)

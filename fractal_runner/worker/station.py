@@ -93,7 +93,6 @@ class Wanted:
         environment: its variables.
         value: what the varying one of them is.
         log_file: for what it prints.
-        server_log: for what its server has to say.
         terms: of its warm start.
     """
 
@@ -103,7 +102,6 @@ class Wanted:
     environment: Environment
     value: bytes
     log_file: str
-    server_log: str
     terms: WarmStart
 
 
@@ -253,12 +251,14 @@ class Station:
 
         environment = {**unit.environment.variables, unit.environment.varying: unit.value}
         try:
+            log = f"{unit.terms.log}-{processes.host_name()}-{os.getpid()}.log"
+            os.makedirs(os.path.dirname(log), exist_ok=True)
             server = Server.start(
                 target,
                 words=unit.words,
                 directory=self.directory,
                 environment=environment,
-                log=unit.server_log,
+                log=log,
                 cwd=unit.cwd,
                 owner=self._owner,
                 varying=(os.fsdecode(unit.environment.varying),),

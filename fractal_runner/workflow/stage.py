@@ -80,7 +80,7 @@ class StageRun:
             coordinator=(host_name(), os.getpid()),
             epoch=conditions.epoch,
             grace_s=conditions.grace_s,
-            warm=conditions.warm.terms(stage, len(urls)),
+            warm=conditions.warm.terms(stage, len(urls), conditions.remote),
         )
         self._explain = Explain(self._place)
         self._watch = Watch(self._place, conditions)

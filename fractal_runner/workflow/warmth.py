@@ -18,6 +18,7 @@ WarmMode = Literal["auto", "always", "never"]
 MODES: tuple[WarmMode, ...] = get_args(WarmMode)
 TIMEOUT_S = 60.0
 MAX_SERVERS = 4
+SERVERS_DIR = "fork-servers"  # in the run's directory: what its servers say of themselves
 
 
 class WarmStarts:
@@ -37,15 +38,22 @@ class WarmStarts:
         self._logger = logger
         self._station = Station.of(os.getpid())
 
-    def terms(self, stage: Stage, count: int) -> WarmStart | None:
-        """How this many units of a stage may be started warm; None for a cold start."""
+    def terms(self, stage: Stage, count: int, run_dir: str) -> WarmStart | None:
+        """How this many units of a stage may be started warm; None for a cold start.
+
+        Args:
+            stage: the stage.
+            count: how many units it has.
+            run_dir: the run's directory, as the workers see it.
+        """
         mode = self._mode_of(stage)
         if stage.command is None or mode == "never":
             return None
         if count < 2 and mode == "auto":
             return None  # there is nobody to share the imports with
         timeout_s = stage.resources.warm_start_timeout_s or self._timeout_s
-        return WarmStart(self._station.directory, self._station.ticks, timeout_s, self._most)
+        log = f"{run_dir}/{SERVERS_DIR}/{stage.folder}-{stage.name}"
+        return WarmStart(self._station.directory, self._station.ticks, timeout_s, self._most, log)
 
     def note(self, stage: Stage, results: Iterable[UnitResult], told: set[str]) -> None:
         """Say why units have started cold that were to start warm, each reason once.

@@ -291,7 +291,7 @@ def test_status_shows_failures_first_then_tasks_by_state_then_what_runs(book: An
     assert f"{run.directory}/1_segment/par-000000-0000001-log.txt\n" in text
     assert text.index("Failed units") < text.index("0 Convert") < text.index("Running now")
     assert words_of(row(text, "task"))[2:] == [
-        *("units", "done", "failed", "cancelled", "running", "submitted", "waiting")
+        *("units", "done", "failed", "cancelled", "running", "submitted", "waiting", "start")
     ]
     assert words_of(row(text, "0 Convert")) == ["0", "Convert", "done", "1", "1"]
     assert words_of(row(text, "1 Segment")) == ["1", "Segment", "running", "6", *"111111"]

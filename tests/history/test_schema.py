@@ -152,16 +152,17 @@ def test_a_reader_does_not_bring_an_older_history_up_to_date_but_says_what_does(
 ) -> None:
     path = tmp_path / "h.sqlite"
     History(path).close()
+    before = schema.VERSION
     migrated(lambda connection: None)
 
     with pytest.raises(HistoryError) as caught:
         History(path, read_only=True)
 
     assert str(caught.value) == (
-        f"{path} is a history of version 1; it becomes one of version 2 when a run in it "
+        f"{path} is a history of version {before}; it becomes one of version {before + 1} when a run in it "
         "is resumed, or begun."
     )
-    assert version_of(path) == 1
+    assert version_of(path) == before
 
 
 @pytest.mark.parametrize("read_only", [False, True])
@@ -189,7 +190,7 @@ async def test_a_run_in_a_newer_history_does_not_begin(tmp_path: Path) -> None:
     run = NotedRun(tmp_path / "place")
 
     with pytest.raises(
-        HistoryError, match=f"{path} is a history of version 99, and .* up to 1: use the newer"
+        HistoryError, match=f"{path} is a history of version 99, and .* up to {schema.VERSION}: use the newer"
     ):
         await run.go(history=path)
 
@@ -215,7 +216,7 @@ async def test_a_run_whose_history_is_newer_by_now_is_not_resumed_and_left_as_it
     started = run.started()
 
     with pytest.raises(
-        HistoryError, match=f"{path} is a history of version 99, and .* up to 1: use the newer"
+        HistoryError, match=f"{path} is a history of version 99, and .* up to {schema.VERSION}: use the newer"
     ):
         await run.go(resume=True)
 

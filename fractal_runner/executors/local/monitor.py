@@ -13,7 +13,7 @@ import psutil
 from fractal_runner.executors.base import info_of
 from fractal_runner.executors.calls import Call, TaskInfo
 from fractal_runner.executors.local.dispatcher import Slot
-from fractal_runner.worker.processes import commands_of_threads, descendants, host_name
+from fractal_runner.worker.processes import bearers_by_key, commands_of_threads, descendants, host_name
 
 
 class Monitor:
@@ -26,14 +26,21 @@ class Monitor:
     def infos(self, running: Sequence[tuple[Call, Slot]], state: str) -> list[TaskInfo]:
         """A snapshot of these calls, in `state`."""
         commands = commands_of_threads()
-        return [self._info(call, slot, state, commands) for call, slot in running]
+        # What a fork server has started for a call is no child of the call's process.
+        keys = {call.options.key for call, slot in running if slot.worker.pid is not None}
+        others = bearers_by_key({key for key in keys if key}) if any(keys) else {}
+        return [
+            self._info(call, slot, state, (commands, others.get(call.options.key or "", [])))
+            for call, slot in running
+        ]
 
-    def _info(self, call: Call, slot: Slot, state: str, commands: dict[int, int]) -> TaskInfo:
+    def _info(self, call: Call, slot: Slot, state: str, known: tuple[dict[int, int], list[int]]) -> TaskInfo:
+        commands, others = known
         own = os.getpid()
         pid = slot.worker.pid
         if pid is None:  # a thread: what counts is the command it has started, if it has
             pid = commands.get(slot.thread.ident or 0, own)
-        seconds, rss, children, threads = _usage(pid, slot.thread.native_id if pid == own else None)
+        seconds, rss, children, threads = _usage(pid, slot.thread.native_id if pid == own else None, others)
         return info_of(
             call,
             state=state,
@@ -57,8 +64,16 @@ class Monitor:
         return 100 * max(0.0, seconds - used) / max(now - then, 1e-3)
 
 
-def _usage(pid: int, native_id: int | None) -> tuple[float | None, int | None, int | None, int | None]:
-    """CPU seconds, bytes, descendants and threads of a process; of a thread, its own CPU seconds."""
+def _usage(
+    pid: int, native_id: int | None, others: Sequence[int] = ()
+) -> tuple[float | None, int | None, int | None, int | None]:
+    """CPU seconds, bytes, descendants and threads of a process; of a thread, its own CPU seconds.
+
+    Args:
+        pid: the process.
+        native_id: the thread.
+        others: processes that work for it, whether they are descendants or not.
+    """
     try:
         process = psutil.Process(pid)
         if native_id is not None:
@@ -68,7 +83,8 @@ def _usage(pid: int, native_id: int | None) -> tuple[float | None, int | None, i
     except psutil.Error:
         return None, None, None, None
     family = [process]
-    for child in descendants(pid):  # psutil would read every process of the machine for it
+    # psutil would read every process of the machine for it.
+    for child in {*descendants(pid), *others}:
         with suppress(psutil.Error):
             family.append(psutil.Process(child))
     seconds, rss, threads = 0.0, 0, 0
