@@ -43,7 +43,7 @@ _LOCK_MARGIN_S = 15.0  # beyond the time of the imports that the holder of the l
 _TURN_S = 0.2
 _END_S = 2.0
 _LONGEST_BASE = 50  # characters: the path of a socket ends at 107 (unix(7))
-_NAME = re.compile(r"fractal-runner-(\d+)-(\d+)-(\d+)")
+_NAME = re.compile(r"fractal-runner-(\d+)-(\d+)-(\d+)-\d+")
 
 _of_this_job: list[Station] = []  # one, where this process is of a job; made before any worker is there
 _links: dict[tuple[str, str], _Link] = {}  # what this process knows, by station and name; in single steps
@@ -135,13 +135,18 @@ class Station:
         self._owner = owner
 
     @classmethod
-    def of(cls, owner: int) -> Station:
-        """The station of a process of this host; its directory need not be there yet."""
+    def of(cls, owner: int, number: int = 0) -> Station:
+        """A station of a process of this host; its directory need not be there yet.
+
+        Args:
+            owner: the process.
+            number: which of its stations: the runs that it coordinates have one each, as each ends its own.
+        """
         ticks = processes.start_ticks(owner) or 0
         base = os.environ.get("TMPDIR", "").rstrip("/")
         if not base.startswith("/") or len(os.fsencode(base)) > _LONGEST_BASE:
             base = "/tmp"
-        return cls(f"{base}/fractal-runner-{os.getuid()}-{owner}-{ticks}", owner, ticks)
+        return cls(f"{base}/fractal-runner-{os.getuid()}-{owner}-{ticks}-{number}", owner, ticks)
 
     def start(self, unit: Wanted, give_up: Callable[[], bool]) -> tuple[WarmChild | None, str]:
         """Start a unit warm, if that can be.

@@ -80,7 +80,12 @@ class StageRun:
             coordinator=(host_name(), os.getpid()),
             epoch=conditions.epoch,
             grace_s=conditions.grace_s,
-            warm=conditions.warm.terms(stage, len(urls), conditions.remote),
+            warm=conditions.warm.terms(
+                stage,
+                len(urls),
+                conditions.remote,
+                is_local=conditions.executors.is_local(self._executor_name),
+            ),
         )
         self._explain = Explain(self._place)
         self._watch = Watch(self._place, conditions)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections.abc import Iterable
@@ -12,12 +13,15 @@ from typing import Literal, get_args
 
 from fractal_runner.worker.spec import COLD, UnitResult, WarmStart
 from fractal_runner.worker.station import Station
+from fractal_runner.worker.targets import recognise
 from fractal_runner.workflow.units import Stage, title
 
 WarmMode = Literal["auto", "always", "never"]
 MODES: tuple[WarmMode, ...] = get_args(WarmMode)
 TIMEOUT_S = 60.0
 MAX_SERVERS = 4
+_numbers = itertools.count(1)  # of this process's runs
+
 SERVERS_DIR = "fork-servers"  # in the run's directory: what its servers say of themselves
 
 
@@ -36,21 +40,24 @@ class WarmStarts:
         self._timeout_s = timeout_s
         self._most = most
         self._logger = logger
-        self._station = Station.of(os.getpid())
+        self._station = Station.of(os.getpid(), next(_numbers))
 
-    def terms(self, stage: Stage, count: int, run_dir: str) -> WarmStart | None:
+    def terms(self, stage: Stage, count: int, run_dir: str, *, is_local: bool) -> WarmStart | None:
         """How this many units of a stage may be started warm; None for a cold start.
 
         Args:
             stage: the stage.
             count: how many units it has.
             run_dir: the run's directory, as the workers see it.
+            is_local: whether they surely find the same program here.
         """
         mode = self._mode_of(stage)
         if stage.command is None or mode == "never":
             return None
         if count < 2 and mode == "auto":
             return None  # there is nobody to share the imports with
+        if is_local and recognise(stage.command) is None:
+            return None  # what need not be found out again by each worker
         timeout_s = stage.resources.warm_start_timeout_s or self._timeout_s
         log = f"{run_dir}/{SERVERS_DIR}/{stage.folder}-{stage.name}"
         return WarmStart(self._station.directory, self._station.ticks, timeout_s, self._most, log)
