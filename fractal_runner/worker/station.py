@@ -31,6 +31,7 @@ from fractal_runner.worker.spawn import Environment
 from fractal_runner.worker.spec import WarmStart
 
 if TYPE_CHECKING:
+    from fractal_runner.worker.server import Server
     from fractal_runner.worker.targets import Target
     from fractal_runner.worker.warm import WarmChild
 
@@ -178,6 +179,8 @@ class Station:
                     link = self._find_or_start(_Kind(name, target, gone), unit, give_up)
                 except warm.ColdStart as error:
                     return None, str(error)
+                except OSError as error:  # a full disk, too many open files: the next unit tries again
+                    return None, f"Its fork server cannot be had: {error}."
                 _links[self.directory, name] = link
             if link.cold:
                 return None, link.cold
@@ -199,9 +202,9 @@ class Station:
 
         links = list(self._all())
         for _, link in links:
-            with contextlib.suppress(warm.ColdStart):  # it has ended by itself
+            with contextlib.suppress(warm.ColdStart):  # it has ended by itself, or does not listen
                 if link.lives():
-                    warm.ask(link.socket, "end")
+                    warm.ask(link.socket, "end", _END_S)
         deadline = time.monotonic() + _END_S
         while any(link.lives() for _, link in links) and time.monotonic() < deadline:
             time.sleep(0.005)  # they are not all our children: nobody tells us when they end
@@ -243,23 +246,23 @@ class Station:
                 return link  # somebody else was faster
             crashes = 0 if link is None else link.crashes + self._has_crashed(link)
             if crashes > _MOST_CRASHES:
-                made = _Link(cold=f"Its fork server has crashed {crashes} times.")
-            else:
-                self._make_room(unit.terms.most)
-                made = self._start_server(kind.target, unit, crashes, give_up)
-            self._write(kind.name, made)
-            return made
+                cold = _Link(cold=f"Its fork server has crashed {crashes} times.")
+                self._write(kind.name, cold)
+                return cold
+            self._make_room(unit.terms.most)
+            return self._start_server(kind, unit, crashes, give_up)
 
-    def _start_server(self, target: Target, unit: Wanted, crashes: int, give_up: Callable[[], bool]) -> _Link:
+    def _start_server(self, kind: _Kind, unit: Wanted, crashes: int, give_up: Callable[[], bool]) -> _Link:
+        """Start a server, and write down where it is, or why there is none."""
         from fractal_runner.worker.server import Server  # only the one who starts it pays for it
         from fractal_runner.worker.warm import ColdStart
 
         environment = {**unit.environment.variables, unit.environment.varying: unit.value}
+        log = f"{unit.terms.log}-{processes.host_name()}-{os.getpid()}.log"
+        os.makedirs(os.path.dirname(log), exist_ok=True)
         try:
-            log = f"{unit.terms.log}-{processes.host_name()}-{os.getpid()}.log"
-            os.makedirs(os.path.dirname(log), exist_ok=True)
             server = Server.start(
-                target,
+                kind.target,
                 words=unit.words,
                 directory=self.directory,
                 environment=environment,
@@ -271,22 +274,17 @@ class Station:
                 idle_s=IDLE_S,
             )
         except ColdStart as error:
-            return _Link(cold=str(error))
-        except OSError as error:  # of this moment, it may be: the next unit tries again
-            raise ColdStart(f"Its fork server cannot be started: {error}.") from None
+            link = _Link(cold=str(error))
+            self._write(kind.name, link)
+            return link
         try:
-            while True:
-                with contextlib.suppress(TimeoutError):
-                    why = server.wait_ready(_TURN_S)
-                    break
-                if give_up():
-                    raise GivenUp
+            why = _wait_ready(server, give_up)
+            link = _Link(server.socket, server.pid, server.ticks, crashes) if why is None else _Link(cold=why)
+            self._write(kind.name, link)
         except BaseException:  # whatever it is, no server is left that nobody knows of
             server.stop(0)
             raise
-        if why is not None:
-            return _Link(cold=why)
-        return _Link(server.socket, server.pid, server.ticks, crashes)
+        return link
 
     def _has_crashed(self, link: _Link) -> bool:
         """Whether the server has ended otherwise than of its own accord; what it has left is removed."""
@@ -315,13 +313,13 @@ class Station:
         idle: list[tuple[float, str]] = []
         for link in living:
             with contextlib.suppress(warm.ColdStart):  # it has just ended
-                idle.append((float(warm.ask(link.socket, "status").get("idle", "0")), link.socket))
+                idle.append((float(warm.ask(link.socket, "status", _END_S).get("idle", "0")), link.socket))
         longest, socket = max(idle, default=(_IDLE_FOR_S, ""))
         if longest < _IDLE_FOR_S:
             raise warm.ColdStart(f"There are {most} fork servers with units to run (max_servers).")
         if socket:
             with contextlib.suppress(warm.ColdStart):
-                warm.ask(socket, "retire")
+                warm.ask(socket, "retire", _END_S)
 
     def _make_directory(self) -> None:
         """Make the station's directory, or see that it is ours alone.
@@ -423,6 +421,19 @@ def leave_this_job() -> None:
         station.remove()
 
 
+def _wait_ready(server: Server, give_up: Callable[[], bool]) -> str | None:
+    """Why it will not be ready; None once it is.
+
+    Raises:
+        GivenUp: if nobody waits for it any more.
+    """
+    while True:
+        with contextlib.suppress(TimeoutError):
+            return server.wait_ready(_TURN_S)
+        if give_up():
+            raise GivenUp
+
+
 def _sweep(directory: str) -> None:
     """Remove what stations of processes that were killed have left beside this one."""
     parent = os.path.dirname(directory)
@@ -431,8 +442,9 @@ def _sweep(directory: str) -> None:
             found = _NAME.fullmatch(entry)
             if found is None or int(found[1]) != os.getuid():
                 continue
-            if processes.start_ticks(int(found[2])) != int(found[3]):
-                _remove(f"{parent}/{entry}")
+            path = f"{parent}/{entry}"
+            if processes.start_ticks(int(found[2])) != int(found[3]) and os.lstat(path).st_uid == os.getuid():
+                _remove(path)
 
 
 def _name_of(words: Sequence[str], cwd: str, environment: Environment) -> str:

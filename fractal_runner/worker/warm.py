@@ -134,24 +134,29 @@ def run(
         raise
 
 
-def ask(path: str, request: Literal["status", "retire", "end"]) -> dict[str, str]:
+def ask(path: str, request: Literal["status", "retire", "end"], timeout_s: float = _PID_S) -> dict[str, str]:
     """Ask a server how it is; to take no more units, and end when those that run have; or to end now.
+
+    Args:
+        path: the server's socket.
+        request: what it is asked.
+        timeout_s: seconds to wait for each of its answers.
 
     Raises:
         ColdStart: if it is not there.
     """
-    with _connected(path) as connection:
-        answer, _ = _answer(connection, [request.encode()], _PID_S)
+    with _connected(path, timeout_s) as connection:
+        answer, _ = _answer(connection, [request.encode()], timeout_s)
     return dict(pair.split("=", 1) for pair in answer.split(" ") if "=" in pair)
 
 
-def _connected(path: str) -> socket.socket:
+def _connected(path: str, timeout_s: float = _HELLO_S) -> socket.socket:
     """A connection that the server has taken: only now may anything be sent that it might do."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        connection.settimeout(_HELLO_S)
+        connection.settimeout(timeout_s)
         connection.connect(path)
-        hello = _line(connection, time.monotonic() + _HELLO_S)[0]
+        hello = _line(connection, time.monotonic() + timeout_s)[0]
     except (OSError, ValueError) as error:
         connection.close()
         raise ColdStart(f"The fork server does not answer: {error}.", gone=True) from None
