@@ -179,6 +179,10 @@ def _run_command(
     except UnitLost as error:
         left = processes.end_found(lambda: processes.bearers(mark), spec.grace_s)
         return _not_started(spec, UNKILLABLE if left else SERVER_LOST, str(error)), None
+    except BaseException:
+        # Ctrl-C in a pool's worker, before its server has said whether it has started.
+        processes.end_found(lambda: processes.bearers(mark), spec.grace_s)
+        raise
     processes.note_command(child.pid)
     try:
         # Most of what is over at once need not be found by anybody; its mark tells it all the same.

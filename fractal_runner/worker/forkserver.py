@@ -574,11 +574,13 @@ class _Connection:
             return None
         return bytes(self.data[start : start + length]).split(b"\0")
 
-    def say(self, text: str) -> None:
+    def say(self, text: str) -> bool:
+        """Whether it is still there to be told; if not, its unit is looked after by others."""
         try:
             os.write(self.fd, text.replace("\n", " ").encode(errors="replace") + b"\n")
         except OSError:
-            return  # it has gone: its unit is looked after by others
+            return False
+        return True
 
 
 class _Unit:
@@ -791,6 +793,7 @@ class _Server:
         gc.freeze()
 
     def listen(self) -> None:
+        self.pid = os.getpid()
         self._listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
         self._listener.bind(self.socket)
         self._listener.listen(128)
@@ -934,7 +937,8 @@ class _Server:
                 os._exit(1)
         os.close(log_fd)
         _set_group(pid)
-        connection.say(f"pid {pid}")
+        if not connection.say(f"pid {pid}"):
+            os.killpg(pid, _signal.SIGKILL)  # who asked for it has gone, and nobody knows of it
         self._forked += 1
         self._watch(_Running(pid, connection))
         return None
@@ -985,6 +989,8 @@ class _Server:
             elif os.environb.get(name) != value:
                 os.environb[name] = value
                 _show_in_proc(name, value)
+        if os.getppid() != self.pid:
+            os._exit(1)  # the server was killed before anybody could have found this unit by its mark
         sys.argv = [*(["-m"] if self.program.kind == "module" else [self.program.name]), *arguments]
         if hasattr(sys, "orig_argv"):
             sys.orig_argv = [*self.orig_argv, *arguments]
@@ -1142,6 +1148,8 @@ class _Server:
     def leave(self, why: str) -> None:
         """End the server, but not what runs. No exit handler of the task's is the server's to call."""
         _log(f"The server ends: {why.rstrip('.')}.")
+        if self._trial is not None:
+            os.kill(self._trial.pid, _signal.SIGKILL)  # it is not reaped yet, and no other's
         for name in ("socket", "trying", "printed", "trial-printed"):
             try:
                 os.unlink(f"{self.directory}/{name}")
@@ -1215,13 +1223,34 @@ def _interpreter_words(options: dict[str, str]) -> list[str]:
     return [*before, *(["-m"] if options["kind"] == "module" else []), options["name"]]
 
 
-def _set_apart() -> int:
-    """Go on in a child; the pid of this process, which ends as the child does, or when it is killed by it."""
+def _set_apart(told: int) -> int:
+    """Go on in a child; the pid of this process, which ends as the child does, or when it is killed by it.
+
+    Args:
+        told: the status pipe. Once nobody is at its other end, the child is ended: what it imports is for
+            nobody.
+    """
     parent = os.getpid()
     pid = os.fork()
     if pid == 0:
         return parent
-    status = os.waitpid(pid, 0)[1]
+    poll = select.poll()
+    poll.register(told, 0)  # POLLERR comes unasked
+    pause = _QUICK_LOOK_S * 1000
+    if hasattr(os, "pidfd_open"):
+        try:
+            poll.register(os.pidfd_open(pid), select.POLLIN)
+            pause = _SLOW_LOOK_S * 1000
+        except OSError:
+            pass  # an old kernel: it is looked at now and then
+    ended = status = 0
+    while not ended:
+        found = dict(poll.poll(pause))
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if not ended and told in found:
+            os.kill(pid, _signal.SIGKILL)
+            os.waitpid(pid, 0)
+            os._exit(1)
     if os.WIFSIGNALED(status):
         _signal.signal(os.WTERMSIG(status), _signal.SIG_DFL)
         os.kill(parent, os.WTERMSIG(status))
@@ -1232,7 +1261,7 @@ def _main() -> _Unit:
     """Prepare and serve; returns in the process of a unit."""
     split = sys.argv.index("--")
     options = dict(word[2:].split("=", 1) for word in sys.argv[1:split])
-    parent = _set_apart()
+    parent = _set_apart(int(options["status"]))
     status = _out_of_the_way(int(options["status"]))
     # As spawn.py starts a command: these at the system's defaults, none blocked.
     for number in (_signal.SIGTERM, _signal.SIGHUP, _signal.SIGALRM):

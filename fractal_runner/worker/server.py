@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import shutil
@@ -120,6 +121,8 @@ class Server:
             with open(log, "ab") as output:
                 process = subprocess.Popen(
                     command,
+                    # Looked up in the PATH of this process, as posix_spawnp(3) does it for a cold start.
+                    executable=_found(target.python),
                     env={**environment, **room},
                     cwd=cwd,
                     stdin=subprocess.DEVNULL,
@@ -198,6 +201,21 @@ class Server:
                 return None
         return self._heard.partition(b"\n")[0].decode(errors="replace")
 
+    def _read_rest(self) -> str:
+        """What it has said, once it cannot say any more but within a moment."""
+        poll = select.poll()
+        if self._status >= 0:
+            poll.register(self._status, select.POLLIN)
+        deadline = time.monotonic() + _TURN_S
+        while self._status >= 0 and b"\n" not in self._heard:
+            if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                break
+            part = os.read(self._status, 65536)
+            if not part:
+                break
+            self._heard += part
+        return self._heard.partition(b"\n")[0].decode(errors="replace")
+
     def _too_long(self) -> str:
         return f"Its imports take longer than {self._timeout_s:g} s."
 
@@ -224,6 +242,10 @@ class Server:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)  # both of them; there is no unit yet
             self._process.wait()
+            kind, _, pid = self._read_rest().partition(" ")
+            if kind == "ready":  # it had left the group just before
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(int(pid), signal.SIGKILL)
         else:
             processes.end_found(lambda: [self.pid] if self.runs() else [], grace_s)
         self._close_status()
@@ -234,3 +256,15 @@ class Server:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+
+def _found(program: str) -> str:
+    """Where a program is.
+
+    Raises:
+        FileNotFoundError: if it is nowhere.
+    """
+    path = shutil.which(program)
+    if path is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), program)
+    return path

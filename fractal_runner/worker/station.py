@@ -23,7 +23,7 @@ import re
 import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from fractal_runner.worker import processes
@@ -43,7 +43,7 @@ _IDLE_FOR_S = 1.0  # a server that has had no unit for so long may make room for
 _LOCK_MARGIN_S = 15.0  # beyond the time of the imports that the holder of the lock waits for
 _TURN_S = 0.2
 _END_S = 2.0
-_LONGEST_BASE = 50  # characters: the path of a socket ends at 107 (unix(7))
+_LONGEST_BASE = 36  # characters: the path of a socket ends at 107 (unix(7))
 _NAME = re.compile(r"fractal-runner-(\d+)-(\d+)-(\d+)-\d+")
 
 _of_this_job: list[Station] = []  # one, where this process is of a job; made before any worker is there
@@ -81,6 +81,10 @@ class _Link:
             and processes.is_running(self.pid)
             and (self.ticks is None or processes.start_ticks(self.pid) == self.ticks)
         )
+
+    def is_news_to(self, kind: _Kind) -> bool:
+        """Whether it is another server than the one that has gone, or says that there is to be none."""
+        return bool(self.cold) or self.socket != kind.gone
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +190,11 @@ class Station:
                 return None, link.cold
             environment = {**unit.environment.variables, unit.environment.varying: unit.value}
             try:
-                return warm.run(link.socket, unit.words, environment, unit.cwd, unit.log_file), ""
+                return warm.run(
+                    link.socket, unit.words, environment, unit.cwd, unit.log_file, give_up=give_up
+                ), ""
+            except warm.NobodyWaits:
+                raise GivenUp from None
             except warm.ServerLost as error:
                 _links.pop((self.directory, name), None)
                 raise UnitLost(str(error)) from None
@@ -200,6 +208,8 @@ class Station:
         """End all servers, whose units have ended. The station stays, and starts others if need be."""
         from fractal_runner.worker import warm  # only those who need it pay for it
 
+        if not self._is_ours():
+            return  # what others may write there names processes that are none of its servers
         links = list(self._all())
         for _, link in links:
             with contextlib.suppress(warm.ColdStart):  # it has ended by itself, or does not listen
@@ -211,14 +221,15 @@ class Station:
         for name, link in links:
             if link.lives():
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(link.pid, 9)
+                    os.killpg(link.pid, 9)  # units lead groups of their own
+                _remove(os.path.dirname(link.socket))
             _links.pop((self.directory, name), None)
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._file(name))
 
     def remove(self) -> None:
         """End all servers, and remove the station."""
-        if os.path.isdir(self.directory):
+        if self._is_ours():
             self.end_servers()
             _remove(self.directory)
 
@@ -229,7 +240,8 @@ class Station:
         if (words, unit.cwd) not in known:
             from fractal_runner.worker.targets import recognise
 
-            target = recognise(words, os.fsdecode(unit.environment.variables.get(b"PATH", b"")) or None)
+            # Looked up as posix_spawnp(3) does it: in the PATH of this process, whatever the unit's is.
+            target = recognise(words)
             known[words, unit.cwd] = (_name_of(words, unit.cwd, unit.environment), target)
         found: tuple[str, Target | None] = known[words, unit.cwd]
         return found
@@ -238,15 +250,20 @@ class Station:
         """The server of this kind that there is, or a new one."""
         self._make_directory()
         link = self._read(kind.name)
-        if link is not None and link.socket != kind.gone:
+        if link is not None and link.is_news_to(kind):
             return link
         with self._lock(unit.terms.timeout_s + _LOCK_MARGIN_S, give_up):
             link = self._read(kind.name)
-            if link is not None and link.socket != kind.gone:
+            if link is not None and link.is_news_to(kind):
                 return link  # somebody else was faster
             crashes = 0 if link is None else link.crashes + self._has_crashed(link)
+            cold = None
             if crashes > _MOST_CRASHES:
                 cold = _Link(cold=f"Its fork server has crashed {crashes} times.")
+            elif link is not None and link.lives() and os.path.exists(link.socket):
+                # Kept in mind with who it is: it is to end with the others.
+                cold = replace(link, cold="Its fork server does not answer.")
+            if cold is not None:
                 self._write(kind.name, cold)
                 return cold
             self._make_room(unit.terms.most)
@@ -290,9 +307,9 @@ class Station:
         """Whether the server has ended otherwise than of its own accord; what it has left is removed."""
         directory = os.path.dirname(link.socket)
         deadline = time.monotonic() + _END_S
-        while link.lives() and not os.path.exists(link.socket) and os.path.exists(directory):
+        while link.lives() and os.path.exists(link.socket):
             if time.monotonic() > deadline:
-                return False  # it waits for its last units
+                return False  # it does not answer
             time.sleep(0.01)  # it is just ending, and not our child
         if link.lives() or not os.path.exists(directory):
             return False
@@ -334,12 +351,19 @@ class Station:
                 os.mkdir(self.directory, 0o700)
                 _sweep(self.directory)
             except FileExistsError:
-                found = os.lstat(self.directory)
-                ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
-                if not ours or stat.S_IMODE(found.st_mode) & 0o077:
+                if not self._is_ours():
                     raise ColdStart(f"{self.directory} is open to others, or theirs.") from None
         except OSError as error:
             raise ColdStart(f"{self.directory} cannot be made: {error.strerror}.") from None
+
+    def _is_ours(self) -> bool:
+        """Whether there is a directory that nobody else can have put anything into."""
+        try:
+            found = os.lstat(self.directory)
+        except FileNotFoundError:
+            return False
+        is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
+        return is_own and not stat.S_IMODE(found.st_mode) & 0o077
 
     @contextlib.contextmanager
     def _lock(self, patience_s: float, give_up: Callable[[], bool]) -> Iterator[None]:
@@ -367,7 +391,11 @@ class Station:
                 if give_up():
                     raise GivenUp
                 time.sleep(0.01)  # a wait in the kernel could not be given up
-            yield
+            try:
+                yield
+            finally:
+                # Closing it would not do: a process that was forked meanwhile has it open as well.
+                fcntl.flock(fd, fcntl.LOCK_UN)
         finally:
             os.close(fd)
 

@@ -56,7 +56,7 @@ def recognise(words: Sequence[str], path: str | None = None) -> Target | None:
     Returns:
         None for all else, and for what cannot be run by a fork: `-c`, `-i`, archives, options not known.
     """
-    if not words:
+    if not words or "\0" in "".join(words):
         return None
     if _PYTHON.fullmatch(os.path.basename(words[0])):
         return _interpreted(words[0], words[1:], 1)
@@ -120,10 +120,16 @@ def _has_m(word: str) -> bool:
 def _interpreter_of(script: str) -> list[str] | None:
     """The words that the first line of a script puts before its path."""
     try:
-        with open(script, "rb") as file:
-            head = file.read(4096)
+        # Non-blocking, because anything may bear that name, a pipe included.
+        fd = os.open(script, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return None
+    try:
+        head = os.read(fd, 4096)
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
     lines = head.split(b"\n", 2)
     if not lines[0].startswith(b"#!"):
         return None
