@@ -682,8 +682,9 @@ class _Unit:
             self.frozen_files = []
             return
         try:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            for file in (getattr(sys, "stdout", None), getattr(sys, "stderr", None)):
+                if file is not None:
+                    file.flush()
         except Exception:
             return  # the interpreter has words and an exit code for it
         try:
@@ -710,6 +711,32 @@ class _Unit:
             if isinstance(path, str) and path.endswith(".so") and "lib-dynload" not in path:
                 return None
         return os._exit  # nothing but the interpreter's own is loaded
+
+
+def _pass_over_a_flush() -> None:
+    """Leave buffers at the end of a module, which is run as part of a script here, as they are otherwise.
+
+    At the end of a script the interpreter empties that of stderr first, then that of stdout; those of a
+    module only when all else is done, and in the other order.
+    """
+    files: list[Any] = [getattr(sys, name, None) for name in ("stdout", "stderr")]
+    main = _thread.get_ident()
+
+    def passing_over(file: Any, times: int) -> Callable[[], object]:
+        def flush() -> object:
+            nonlocal times
+            if _thread.get_ident() != main:
+                return type(file).flush(file)
+            times -= 1
+            if times == 0:
+                del file.flush
+            return None
+
+        return flush
+
+    for file in files:
+        if "flush" not in getattr(file, "__dict__", ("flush",)):  # a task may put anything there
+            file.flush = passing_over(file, sum(other is file for other in files))
 
 
 def _exit_code(error: SystemExit) -> int:
@@ -1295,3 +1322,5 @@ if __name__ == "__main__":
     finally:
         _unit.call = None
         _unit.report()
+        if _unit.is_module:
+            _pass_over_a_flush()

@@ -5,24 +5,15 @@ executor: the coordinator of a run, or a job. A worker that has a unit to start 
 its command and environment, and starts it if there is none. Servers watch their owner and end with it, so
 none outlives a `kill -9`; the owner ends them when their task has ended.
 
-What a station holds: `lock`, held while a server is started; per server NAME.json, which says where it is or
-why there is none; and the directory of each server that runs. One that has ended by itself has removed its
-directory: a directory without a server tells of one that has crashed.
-
 Nothing is loaded here for units that start cold.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
-import json
 import os
-import re
-import stat
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -31,6 +22,7 @@ from fractal_runner.worker.spawn import Environment
 from fractal_runner.worker.spec import WarmStart
 
 if TYPE_CHECKING:
+    from fractal_runner.worker.links import Link, Links
     from fractal_runner.worker.server import Server
     from fractal_runner.worker.targets import Target
     from fractal_runner.worker.warm import WarmChild
@@ -44,10 +36,9 @@ _LOCK_MARGIN_S = 15.0  # beyond the time of the imports that the holder of the l
 _TURN_S = 0.2
 _END_S = 2.0
 _LONGEST_BASE = 36  # characters: the path of a socket ends at 107 (unix(7))
-_NAME = re.compile(r"fractal-runner-(\d+)-(\d+)-(\d+)-\d+")
 
 _of_this_job: list[Station] = []  # one, where this process is of a job; made before any worker is there
-_links: dict[tuple[str, str], _Link] = {}  # what this process knows, by station and name; in single steps
+_known: dict[tuple[str, str], Link] = {}  # what this process knows, by station and name; in single steps
 
 
 class GivenUp(Exception):
@@ -56,35 +47,6 @@ class GivenUp(Exception):
 
 class UnitLost(Exception):
     """The fork server ended while it was starting the unit: whether it has started is not known."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Link:
-    """What there is for one command in one environment.
-
-    Attributes:
-        socket: the server's; "" for none.
-        pid, ticks: which process it is.
-        crashes: how many have crashed before it.
-        cold: why it must be started cold; "" if it need not.
-    """
-
-    socket: str = ""
-    pid: int = 0
-    ticks: int | None = None
-    crashes: int = 0
-    cold: str = ""
-
-    def lives(self) -> bool:
-        return (
-            bool(self.socket)
-            and processes.is_running(self.pid)
-            and (self.ticks is None or processes.start_ticks(self.pid) == self.ticks)
-        )
-
-    def is_news_to(self, kind: _Kind) -> bool:
-        """Whether it is another server than the one that has gone, or says that there is to be none."""
-        return bool(self.cold) or self.socket != kind.gone
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,15 +139,17 @@ class Station:
         gone = ""
         why = "Its fork servers end as soon as they have started."
         for _ in range(_MOST_TRIES):
-            link = _links.get((self.directory, name))
+            link = _known.get((self.directory, name))
             if link is None or (link.socket and link.socket == gone):
                 try:
                     link = self._find_or_start(_Kind(name, target, gone), unit, give_up)
+                except warm.NobodyWaits:
+                    raise GivenUp from None
                 except warm.ColdStart as error:
                     return None, str(error)
                 except OSError as error:  # a full disk, too many open files: the next unit tries again
                     return None, f"Its fork server cannot be had: {error}."
-                _links[self.directory, name] = link
+                _known[self.directory, name] = link
             if link.cold:
                 return None, link.cold
             environment = {**unit.environment.variables, unit.environment.varying: unit.value}
@@ -196,7 +160,7 @@ class Station:
             except warm.NobodyWaits:
                 raise GivenUp from None
             except warm.ServerLost as error:
-                _links.pop((self.directory, name), None)
+                _known.pop((self.directory, name), None)
                 raise UnitLost(str(error)) from None
             except warm.ColdStart as error:
                 if not error.gone:
@@ -207,31 +171,41 @@ class Station:
     def end_servers(self) -> None:
         """End all servers, whose units have ended. The station stays, and starts others if need be."""
         from fractal_runner.worker import warm  # only those who need it pay for it
+        from fractal_runner.worker.links import remove
 
-        if not self._is_ours():
+        links = self._links()
+        if not links.is_ours():
             return  # what others may write there names processes that are none of its servers
-        links = list(self._all())
-        for _, link in links:
+        found = list(links.all())
+        for _, link in found:
             with contextlib.suppress(warm.ColdStart):  # it has ended by itself, or does not listen
                 if link.lives():
                     warm.ask(link.socket, "end", _END_S)
         deadline = time.monotonic() + _END_S
-        while any(link.lives() for _, link in links) and time.monotonic() < deadline:
+        while any(link.lives() for _, link in found) and time.monotonic() < deadline:
             time.sleep(0.005)  # they are not all our children: nobody tells us when they end
-        for name, link in links:
+        for name, link in found:
             if link.lives():
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(link.pid, 9)  # units lead groups of their own
-                _remove(os.path.dirname(link.socket))
-            _links.pop((self.directory, name), None)
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._file(name))
+                remove(os.path.dirname(link.socket))
+            _known.pop((self.directory, name), None)
+            links.forget(name)
 
     def remove(self) -> None:
         """End all servers, and remove the station."""
-        if self._is_ours():
+        if not os.path.lexists(self.directory):
+            return  # as with most: no unit has been started warm
+        from fractal_runner.worker.links import remove
+
+        if self._links().is_ours():
             self.end_servers()
-            _remove(self.directory)
+            remove(self.directory)
+
+    def _links(self) -> Links:
+        from fractal_runner.worker.links import Links  # only those who need it pay for it
+
+        return Links(self.directory)
 
     def _named(self, unit: Wanted) -> tuple[str, Target | None]:
         """What the server of such units is called here, and what it serves."""
@@ -246,33 +220,39 @@ class Station:
         found: tuple[str, Target | None] = known[words, unit.cwd]
         return found
 
-    def _find_or_start(self, kind: _Kind, unit: Wanted, give_up: Callable[[], bool]) -> _Link:
+    def _find_or_start(self, kind: _Kind, unit: Wanted, give_up: Callable[[], bool]) -> Link:
         """The server of this kind that there is, or a new one."""
-        self._make_directory()
-        link = self._read(kind.name)
-        if link is not None and link.is_news_to(kind):
+        from fractal_runner.worker.links import Link
+
+        links = self._links()
+        links.make()
+        link = links.read(kind.name)
+        if link is not None and link.is_news(kind.gone):
             return link
-        with self._lock(unit.terms.timeout_s + _LOCK_MARGIN_S, give_up):
-            link = self._read(kind.name)
-            if link is not None and link.is_news_to(kind):
+        with links.lock(unit.terms.timeout_s + _LOCK_MARGIN_S, give_up):
+            link = links.read(kind.name)
+            if link is not None and link.is_news(kind.gone):
                 return link  # somebody else was faster
             crashes = 0 if link is None else link.crashes + self._has_crashed(link)
             cold = None
             if crashes > _MOST_CRASHES:
-                cold = _Link(cold=f"Its fork server has crashed {crashes} times.")
+                cold = Link(cold=f"Its fork server has crashed {crashes} times.")
             elif link is not None and link.lives() and os.path.exists(link.socket):
                 # Kept in mind with who it is: it is to end with the others.
                 cold = replace(link, cold="Its fork server does not answer.")
             if cold is not None:
-                self._write(kind.name, cold)
+                links.write(kind.name, cold)
                 return cold
             self._make_room(unit.terms.most)
             return self._start_server(kind, unit, crashes, give_up)
 
-    def _start_server(self, kind: _Kind, unit: Wanted, crashes: int, give_up: Callable[[], bool]) -> _Link:
+    def _start_server(self, kind: _Kind, unit: Wanted, crashes: int, give_up: Callable[[], bool]) -> Link:
         """Start a server, and write down where it is, or why there is none."""
+        from fractal_runner.worker.links import Link
         from fractal_runner.worker.server import Server  # only the one who starts it pays for it
         from fractal_runner.worker.warm import ColdStart
+
+        links = self._links()
 
         environment = {**unit.environment.variables, unit.environment.varying: unit.value}
         log = f"{unit.terms.log}-{processes.host_name()}-{os.getpid()}.log"
@@ -291,20 +271,22 @@ class Station:
                 idle_s=IDLE_S,
             )
         except ColdStart as error:
-            link = _Link(cold=str(error))
-            self._write(kind.name, link)
+            link = Link(cold=str(error))
+            links.write(kind.name, link)
             return link
         try:
-            why = _wait_ready(server, give_up)
-            link = _Link(server.socket, server.pid, server.ticks, crashes) if why is None else _Link(cold=why)
-            self._write(kind.name, link)
+            why = _ready(server, give_up)
+            link = Link(server.socket, server.pid, server.ticks, crashes) if why is None else Link(cold=why)
+            links.write(kind.name, link)
         except BaseException:  # whatever it is, no server is left that nobody knows of
             server.stop(0)
             raise
         return link
 
-    def _has_crashed(self, link: _Link) -> bool:
+    def _has_crashed(self, link: Link) -> bool:
         """Whether the server has ended otherwise than of its own accord; what it has left is removed."""
+        from fractal_runner.worker.links import remove
+
         directory = os.path.dirname(link.socket)
         deadline = time.monotonic() + _END_S
         while link.lives() and os.path.exists(link.socket):
@@ -313,7 +295,7 @@ class Station:
             time.sleep(0.01)  # it is just ending, and not our child
         if link.lives() or not os.path.exists(directory):
             return False
-        _remove(directory)
+        remove(directory)
         return True
 
     def _make_room(self, most: int) -> None:
@@ -324,7 +306,7 @@ class Station:
         """
         from fractal_runner.worker import warm
 
-        living = [link for _, link in self._all() if link.lives()]
+        living = [link for _, link in self._links().all() if link.lives()]
         if len(living) < most:
             return
         idle: list[tuple[float, str]] = []
@@ -337,90 +319,6 @@ class Station:
         if socket:
             with contextlib.suppress(warm.ColdStart):
                 warm.ask(socket, "retire", _END_S)
-
-    def _make_directory(self) -> None:
-        """Make the station's directory, or see that it is ours alone.
-
-        Raises:
-            ColdStart: if it cannot be, or is another's.
-        """
-        from fractal_runner.worker.warm import ColdStart
-
-        try:
-            try:
-                os.mkdir(self.directory, 0o700)
-                _sweep(self.directory)
-            except FileExistsError:
-                if not self._is_ours():
-                    raise ColdStart(f"{self.directory} is open to others, or theirs.") from None
-        except OSError as error:
-            raise ColdStart(f"{self.directory} cannot be made: {error.strerror}.") from None
-
-    def _is_ours(self) -> bool:
-        """Whether there is a directory that nobody else can have put anything into."""
-        try:
-            found = os.lstat(self.directory)
-        except FileNotFoundError:
-            return False
-        is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
-        return is_own and not stat.S_IMODE(found.st_mode) & 0o077
-
-    @contextlib.contextmanager
-    def _lock(self, patience_s: float, give_up: Callable[[], bool]) -> Iterator[None]:
-        """Hold the station's lock. It is the kernel's, and goes with the process that holds it.
-
-        Raises:
-            ColdStart: if it is not to be had.
-            GivenUp: if the unit was told to stop meanwhile.
-        """
-        from fractal_runner.worker.warm import ColdStart
-
-        try:
-            fd = os.open(f"{self.directory}/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise ColdStart(f"{self.directory}/lock cannot be opened: {error.strerror}.") from None
-        try:
-            deadline = time.monotonic() + patience_s
-            while True:
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except OSError as error:
-                    if error.errno != errno.EWOULDBLOCK or time.monotonic() > deadline:
-                        raise ColdStart(f"{self.directory} stays locked: {error.strerror}.") from None
-                if give_up():
-                    raise GivenUp
-                time.sleep(0.01)  # a wait in the kernel could not be given up
-            try:
-                yield
-            finally:
-                # Closing it would not do: a process that was forked meanwhile has it open as well.
-                fcntl.flock(fd, fcntl.LOCK_UN)
-        finally:
-            os.close(fd)
-
-    def _file(self, name: str) -> str:
-        return f"{self.directory}/{name}.json"
-
-    def _read(self, name: str) -> _Link | None:
-        try:
-            with open(self._file(name), encoding="utf-8") as file:
-                return _Link(**json.load(file))
-        except FileNotFoundError:
-            return None
-
-    def _write(self, name: str, link: _Link) -> None:
-        unfinished = f"{self.directory}/{name}.{os.getpid()}.tmp"
-        with open(unfinished, "w", encoding="utf-8") as file:
-            json.dump({field: getattr(link, field) for field in link.__slots__}, file)
-        os.replace(unfinished, self._file(name))
-
-    def _all(self) -> Iterator[tuple[str, _Link]]:
-        with contextlib.suppress(FileNotFoundError):
-            for entry in os.listdir(self.directory):
-                name, dot, rest = entry.partition(".")
-                if dot and rest == "json" and (link := self._read(name)) is not None:
-                    yield name, link
 
 
 def station_for(coordinator: tuple[str, int], terms: WarmStart) -> Station:
@@ -449,30 +347,19 @@ def leave_this_job() -> None:
         station.remove()
 
 
-def _wait_ready(server: Server, give_up: Callable[[], bool]) -> str | None:
+def _ready(server: Server, give_up: Callable[[], bool]) -> str | None:
     """Why it will not be ready; None once it is.
 
     Raises:
-        GivenUp: if nobody waits for it any more.
+        NobodyWaits: if the unit was told to stop meanwhile.
     """
+    from fractal_runner.worker.warm import NobodyWaits
+
     while True:
         with contextlib.suppress(TimeoutError):
             return server.wait_ready(_TURN_S)
         if give_up():
-            raise GivenUp
-
-
-def _sweep(directory: str) -> None:
-    """Remove what stations of processes that were killed have left beside this one."""
-    parent = os.path.dirname(directory)
-    with contextlib.suppress(OSError):  # others may do so at the same time
-        for entry in os.listdir(parent):
-            found = _NAME.fullmatch(entry)
-            if found is None or int(found[1]) != os.getuid():
-                continue
-            path = f"{parent}/{entry}"
-            if processes.start_ticks(int(found[2])) != int(found[3]) and os.lstat(path).st_uid == os.getuid():
-                _remove(path)
+            raise NobodyWaits
 
 
 def _name_of(words: Sequence[str], cwd: str, environment: Environment) -> str:
@@ -481,9 +368,3 @@ def _name_of(words: Sequence[str], cwd: str, environment: Environment) -> str:
     parts = [*map(os.fsencode, words), b"", os.fsencode(cwd), b""]
     parts += [b"%s=%s" % pair for pair in sorted(environment.variables.items())]
     return hashlib.blake2b(b"\0".join(parts), digest_size=8).hexdigest()
-
-
-def _remove(directory: str) -> None:
-    import shutil
-
-    shutil.rmtree(directory, ignore_errors=True)

@@ -21,8 +21,9 @@ import pytest
 
 from fractal_runner.worker import processes
 from fractal_runner.worker.command import run_unit
+from fractal_runner.worker.links import Link, Links
 from fractal_runner.worker.spec import UnitResult, UnitSpec, WarmStart
-from fractal_runner.worker.station import Station, _Link
+from fractal_runner.worker.station import Station
 from tests.worker.pairs import Bench, until
 
 TOP = Path(__file__).parent.parent.parent
@@ -138,12 +139,12 @@ class Site:
         return [int(line) for line in path.read_text().split()] if path.exists() else []
 
     @property
-    def links(self) -> list[_Link]:
+    def links(self) -> list[Link]:
         """The servers that live, as the station knows them."""
-        return [link for _, link in self.station._all() if link.lives()]
+        return [link for _, link in Links(self.station.directory).all() if link.lives()]
 
     @property
-    def server(self) -> _Link:
+    def server(self) -> Link:
         [link] = self.links
         return link
 
