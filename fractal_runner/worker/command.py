@@ -229,8 +229,8 @@ def _start(spec: UnitSpec, command: tuple[str, ...], stop: StopRequest) -> tuple
     environment = _environment(spec)
     words, mark = [*command, *spec.file_options], spec.key.encode()
     why_cold = ""
-    if spec.warm is not None and (cwd := _current_directory()):
-        station = station_for(spec.coordinator, spec.warm)
+    station = None if spec.warm is None else station_for(spec.coordinator, spec.warm)
+    if spec.warm is not None and station is not None and (cwd := _current_directory()):
         unit = Wanted(words, len(command), cwd, environment, mark, spec.log_file, spec.warm)
         child, why_cold = station.start(unit, stop.asked)
         if child is not None:

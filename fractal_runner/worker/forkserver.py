@@ -462,6 +462,95 @@ class _Captured:
         os.unlink(self._path)
 
 
+class _Draws:
+    """Which random generators are made without a seed while modules are imported.
+
+    In a cold start each process makes its own; forked, all units would draw the same from them. Those that
+    were given a seed stay as they are. (Those of the modules `random` and `numpy.random` themselves are seen
+    to elsewhere.)
+    """
+
+    def __init__(self) -> None:
+        self._randoms: dict[int, Any] = {}
+        self._entropies: set[int] = set()
+        self._bits: list[Any] = []
+        self._undo: list[Callable[[], object]] = []
+
+    def __enter__(self) -> _Draws:
+        sys.meta_path.insert(0, self)
+        for name in ("random", "numpy.random.bit_generator"):
+            if name in sys.modules:
+                self._listen_to(sys.modules[name])
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.meta_path.remove(self)
+        for undo in self._undo:
+            undo()
+        self._undo.clear()
+        kind = getattr(sys.modules.get("numpy.random"), "BitGenerator", None)
+        if self._entropies and isinstance(kind, type):
+            self._bits += [
+                found
+                for found in gc.get_objects()
+                if isinstance(found, kind)
+                and getattr(getattr(found, "seed_seq", None), "entropy", None) in self._entropies
+            ]
+        self._entropies.clear()
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        """As a finder has it: what the others find, but for these two with an ear on it."""
+        if name not in ("random", "numpy.random.bit_generator"):
+            return None
+        others = [finder for finder in sys.meta_path if finder is not self]
+        specs = (finder.find_spec(name, path, target) for finder in others)
+        spec = next((found for found in specs if found is not None), None)
+        loader: Any = getattr(spec, "loader", None)
+        if hasattr(loader, "exec_module") and hasattr(loader, "__dict__"):
+
+            def exec_module(module: Any) -> None:
+                del loader.exec_module
+                loader.exec_module(module)
+                self._listen_to(module)
+
+            loader.exec_module = exec_module
+        return spec
+
+    def renew(self) -> None:
+        """Give them what a process of its own would have had."""
+        for random in self._randoms.values():
+            random.seed()
+        for bits in self._bits:
+            bits.state = type(bits)().state
+
+    def _listen_to(self, module: Any) -> None:
+        kind, draw = getattr(module, "Random", None), getattr(module, "randbits", None)
+        if isinstance(kind, type) and {"seed", "setstate"} <= vars(kind).keys():
+            seed, setstate = kind.seed, kind.setstate  # type: ignore[attr-defined]
+
+            def heard_seed(random: Any, a: Any = None, *more: Any, **named: Any) -> Any:
+                self._randoms.pop(id(random), None)
+                if a is None:
+                    self._randoms[id(random)] = random
+                return seed(random, a, *more, **named)
+
+            def heard_setstate(random: Any, state: Any) -> Any:
+                self._randoms.pop(id(random), None)
+                return setstate(random, state)
+
+            kind.seed, kind.setstate = heard_seed, heard_setstate  # type: ignore[attr-defined]
+            self._undo += [lambda: setattr(kind, "seed", seed), lambda: setattr(kind, "setstate", setstate)]
+        elif callable(draw):
+
+            def heard_draw(count: int) -> int:
+                drawn: int = draw(count)
+                self._entropies.add(drawn)
+                return drawn
+
+            module.randbits = heard_draw
+            self._undo.append(lambda: setattr(module, "randbits", draw))
+
+
 def _out_of_the_way(fd: int) -> int:
     """The same file under a number that leaves the lowest ones to what imports open, as they would get."""
     for high in range(min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 1024) - 1, fd, -1):
@@ -511,6 +600,7 @@ def _must_be_cold(childless: bool = True, own: Iterable[int] = ()) -> str | None
         childless: whether this process should have no children.
         own: descriptors that are the server's.
     """
+    time.sleep(_QUICK_LOOK_S)  # a thread that was started a moment ago is not counted before it runs
     if _thread._count() or len(sys._current_frames()) > 1:
         threading = sys.modules.get("threading")
         names = [t.name for t in threading.enumerate()[1:]] if threading else []
@@ -784,6 +874,7 @@ class _Server:
         self.program = _Program(options["kind"], options["name"])
         self.orig_argv = _interpreter_words(options)
         self.refused: set[str] = set()
+        self.draws = _Draws()
         self.frozen_files: list[Any] = []
         self.socket = f"{self.directory}/socket"
         self._learned: list[str] = []
@@ -806,9 +897,9 @@ class _Server:
             raise _Cold(f"Processes are forked on Linux only, not on {sys.platform}.")
         # A hanging import, with or without an owner to see it, ends with this process.
         _signal.setitimer(_signal.ITIMER_REAL, self.import_timeout_s)
-        self.program.load(f"{self.directory}/printed")
+        with self.draws:
+            self.program.load(f"{self.directory}/printed")
         _signal.setitimer(_signal.ITIMER_REAL, 0)
-        time.sleep(_QUICK_LOOK_S)  # a thread that was started a moment ago is not counted before it runs
         if why := _must_be_cold():
             raise _Cold(why)
         self._settle()
@@ -944,6 +1035,11 @@ class _Server:
             connection.say(refusal)
             os.close(connection.fd)
             return None
+        poll = select.poll()
+        poll.register(connection.fd, 0)
+        if poll.poll(0):  # POLLHUP: who asked has gone, and may have had it started elsewhere
+            os.close(connection.fd)
+            return None
         log_fd = -1
         try:
             # As spawn.py opens it.
@@ -1027,6 +1123,7 @@ class _Server:
             elif hasattr(finder, "invalidate_caches"):
                 finder.invalidate_caches()
         _renew()
+        self.draws.renew()
         printed = self.program.printed
         while printed:
             printed = printed[os.write(1, printed) :]
@@ -1158,14 +1255,18 @@ class _Server:
             self._refuse(guilty)
             _log(f"{guilty} is left to the units: imported beforehand, it fails, prints, or starts threads.")
             return
+        # It went well in the trial; if it hangs now, the server ends as one that has crashed.
+        _signal.setitimer(_signal.ITIMER_REAL, self.import_timeout_s)
         for name in self._wanted:
             try:
-                __import__(name)
+                with self.draws:
+                    __import__(name)
             except BaseException as error:
                 _log(f"{name} cannot be imported after all: {error!r}")
                 self._refuse(name)
             else:
                 self._learned.append(name)
+        _signal.setitimer(_signal.ITIMER_REAL, 0)
         self._wanted.clear()
         if why := _must_be_cold(childless=False, own=self._descriptors()):
             self._retire(why)

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 
 from fractal_runner.worker import processes, warm
 
-_NAME = re.compile(r"fractal-runner-(\d+)-(\d+)-(\d+)-\d+")
+# The user, the world of its pids, and the owner's pid and start, as station.py has it.
+_NAME = re.compile(r"(fractal-runner-\d+-[0-9a-f]{8}-)(\d+)-(\d+)-\d+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,7 @@ class Link:
         socket: the server's; "" for none.
         pid, ticks: which process it is.
         crashes: how many have crashed before it.
+        changes: how many have ended before it because one of their files had changed.
         cold: why it must be started cold; "" if it need not.
     """
 
@@ -40,6 +42,7 @@ class Link:
     pid: int = 0
     ticks: int | None = None
     crashes: int = 0
+    changes: int = 0
     cold: str = ""
 
     def lives(self) -> bool:
@@ -130,7 +133,7 @@ class Links:
         try:
             with open(self._file(name), encoding="utf-8") as file:
                 return Link(**json.load(file))
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError, TypeError):  # damaged: as if it were not there
             return None
 
     def write(self, name: str, link: Link) -> None:
@@ -161,11 +164,13 @@ def remove(directory: str) -> None:
 
 def _sweep(directory: str) -> None:
     """Remove what stations of processes that were killed have left beside this one."""
-    parent = os.path.dirname(directory)
+    parent, own = os.path.split(directory)
+    me = _NAME.fullmatch(own)
     with contextlib.suppress(OSError):  # others may do so at the same time
-        for entry in os.listdir(parent):
+        for entry in os.listdir(parent) if me else ():
             found = _NAME.fullmatch(entry)
-            if found is None or int(found[1]) != os.getuid():
+            # Of another user, host or container nobody here knows whether its owner lives.
+            if found is None or me is None or found[1] != me[1]:
                 continue
             path = f"{parent}/{entry}"
             if processes.start_ticks(int(found[2])) != int(found[3]) and os.lstat(path).st_uid == os.getuid():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import select
 import shutil
 import signal
@@ -16,16 +17,18 @@ import time
 from collections.abc import Mapping, Sequence
 
 from fractal_runner.worker import processes, warm
+from fractal_runner.worker.spec import PATH_BYTES
 from fractal_runner.worker.targets import Target
 
-VARYING = ("FRACTAL_RUNNER_UNIT",)
+VARYING = (processes.MARK_VARIABLE,)
 MARK_ROOM = 256  # characters of a varying variable that /proc/PID/environ can show
 
 _FORKSERVER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "forkserver.py")
 # They make an interpreter say or do more at its start or end than a fork repeats.
 _TELLING = (b"PYTHONINSPECT", b"PYTHONPROFILEIMPORTTIME", b"PYTHONVERBOSE", b"PYTHONDUMPREFS")
+# By a named pipe (make 4.4 and newer) anybody can have it.
+_JOBSERVER = re.compile(rb"--jobserver-(auth|fds)=\d+,\d+")
 _TURN_S = 0.05
-_PATH_BYTES = 107  # unix(7)
 
 
 class Server:
@@ -96,11 +99,13 @@ class Server:
             raise warm.ColdStart(f"Processes are forked on Linux only, not on {sys.platform}.")
         if found := [name for name in _TELLING if environment.get(name)]:
             raise warm.ColdStart(f"{os.fsdecode(found[0])} is set.")
+        if _JOBSERVER.search(environment.get(b"MAKEFLAGS", b"")):
+            raise warm.ColdStart("MAKEFLAGS names descriptors of a jobserver, which its units must inherit.")
         owner = os.getpid() if owner is None else owner
         own = tempfile.mkdtemp(prefix="warm-", dir=directory)
         read, write = os.pipe()
         try:
-            if len(os.fsencode(f"{own}/socket")) > _PATH_BYTES:
+            if len(os.fsencode(f"{own}/socket")) > PATH_BYTES:
                 raise warm.ColdStart(f"The path of {directory} is too long for a socket.")
             options = {
                 "directory": own,
@@ -121,8 +126,9 @@ class Server:
             with open(log, "ab") as output:
                 process = subprocess.Popen(
                     command,
-                    # Looked up in the PATH of this process, as posix_spawnp(3) does it for a cold start.
-                    executable=_found(target.python),
+                    executable=_found(
+                        target.python, os.fsdecode(environment.get(b"PATH", b"")) if target.by_env else None
+                    ),
                     env={**environment, **room},
                     cwd=cwd,
                     stdin=subprocess.DEVNULL,
@@ -258,13 +264,13 @@ class Server:
         self.stop()
 
 
-def _found(program: str) -> str:
-    """Where a program is.
+def _found(program: str, path: str | None) -> str:
+    """Where a program is, in `path`, or in the PATH of this process.
 
     Raises:
         FileNotFoundError: if it is nowhere.
     """
-    path = shutil.which(program)
-    if path is None:
+    found = shutil.which(program, path=path)
+    if found is None:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), program)
-    return path
+    return found

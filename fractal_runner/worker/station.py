@@ -11,15 +11,17 @@ Nothing is loaded here for units that start cold.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from fractal_runner.worker import processes
 from fractal_runner.worker.spawn import Environment
-from fractal_runner.worker.spec import WarmStart
+from fractal_runner.worker.spec import PATH_BYTES, WarmStart
 
 if TYPE_CHECKING:
     from fractal_runner.worker.links import Link, Links
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from fractal_runner.worker.warm import WarmChild
 
 IDLE_S = 300.0
+_IDLE_ELSEWHERE_S = 30.0  # where nobody ends them when their task has ended
 
 _MOST_CRASHES = 2  # with the third one its units start cold: something kills it, or it kills itself
 _MOST_TRIES = 4  # servers that one unit asks: each may just have ended
@@ -35,9 +38,11 @@ _IDLE_FOR_S = 1.0  # a server that has had no unit for so long may make room for
 _LOCK_MARGIN_S = 15.0  # beyond the time of the imports that the holder of the lock waits for
 _TURN_S = 0.2
 _END_S = 2.0
-_LONGEST_BASE = 36  # characters: the path of a socket ends at 107 (unix(7))
+_MOST_CHANGES = 3  # a task that writes what it imports would have its imports paid for each unit
+_CHANGED = " has changed."  # what a server says then
+_SOCKET = "/warm-12345678/socket"  # below a station
 
-_of_this_job: list[Station] = []  # one, where this process is of a job; made before any worker is there
+_of_this_job: list[_Job] = []  # one, where this process is of a job; made before any worker is there
 _known: dict[tuple[str, str], Link] = {}  # what this process knows, by station and name; in single steps
 
 
@@ -80,11 +85,26 @@ class _Kind:
         name: by what it is found in a station.
         target: what it serves.
         gone: the socket of one that has ended; "" for none.
+        has_changed: whether it has because one of its files had changed.
     """
 
     name: str
     target: Target
     gone: str
+    has_changed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A job of a cluster.
+
+    Attributes:
+        station: its own.
+        is_single: whether it has one call only.
+    """
+
+    station: Station
+    is_single: bool
 
 
 class Station:
@@ -94,26 +114,31 @@ class Station:
         directory: where they are.
         owner: the process that they end with.
         ticks: when it started, which tells it from a later one of its pid; 0 where that cannot be known.
+        idle_s: seconds without a unit after which a server ends; IDLE_S, if None.
     """
 
-    def __init__(self, directory: str, owner: int, ticks: int) -> None:
+    def __init__(self, directory: str, owner: int, ticks: int, idle_s: float | None = None) -> None:
         self.directory = directory
         self.ticks = ticks
         self._owner = owner
+        self._idle_s = IDLE_S if idle_s is None else idle_s
 
     @classmethod
-    def of(cls, owner: int, number: int = 0) -> Station:
+    def of(cls, owner: int, number: int = 0, *, idle_s: float | None = None) -> Station:
         """A station of a process of this host; its directory need not be there yet.
 
         Args:
             owner: the process.
             number: which of its stations: the runs that it coordinates have one each, as each ends its own.
+            idle_s: as for the class.
         """
         ticks = processes.start_ticks(owner) or 0
+        name = f"fractal-runner-{os.getuid()}-{_world()}-{owner}-{ticks}-{number}"
         base = os.environ.get("TMPDIR", "").rstrip("/")
-        if not base.startswith("/") or len(os.fsencode(base)) > _LONGEST_BASE:
+        is_short = len(os.fsencode(f"{base}/{name}{_SOCKET}")) <= PATH_BYTES
+        if not (base.startswith("/") and is_short and os.access(base, os.W_OK)):
             base = "/tmp"
-        return cls(f"{base}/fractal-runner-{os.getuid()}-{owner}-{ticks}-{number}", owner, ticks)
+        return cls(f"{base}/{name}", owner, ticks, idle_s)
 
     def start(self, unit: Wanted, give_up: Callable[[], bool]) -> tuple[WarmChild | None, str]:
         """Start a unit warm, if that can be.
@@ -142,7 +167,9 @@ class Station:
             link = _known.get((self.directory, name))
             if link is None or (link.socket and link.socket == gone):
                 try:
-                    link = self._find_or_start(_Kind(name, target, gone), unit, give_up)
+                    link = self._find_or_start(
+                        _Kind(name, target, gone, why.endswith(_CHANGED)), unit, give_up
+                    )
                 except warm.NobodyWaits:
                     raise GivenUp from None
                 except warm.ColdStart as error:
@@ -216,7 +243,7 @@ class Station:
 
             # Looked up as posix_spawnp(3) does it: in the PATH of this process, whatever the unit's is.
             target = recognise(words)
-            known[words, unit.cwd] = (_name_of(words, unit.cwd, unit.environment), target)
+            known[words, unit.cwd] = (_name_of(words, unit), target)
         found: tuple[str, Target | None] = known[words, unit.cwd]
         return found
 
@@ -233,10 +260,15 @@ class Station:
             link = links.read(kind.name)
             if link is not None and link.is_news(kind.gone):
                 return link  # somebody else was faster
-            crashes = 0 if link is None else link.crashes + self._has_crashed(link)
+            before = Link() if link is None else link
+            before = replace(before, crashes=before.crashes + self._has_crashed(before))
+            if kind.has_changed:
+                before = replace(before, changes=before.changes + 1)
             cold = None
-            if crashes > _MOST_CRASHES:
-                cold = Link(cold=f"Its fork server has crashed {crashes} times.")
+            if before.crashes > _MOST_CRASHES:
+                cold = Link(cold=f"Its fork server has crashed {before.crashes} times.")
+            elif before.changes > _MOST_CHANGES:
+                cold = Link(cold=f"Its files keep changing ({before.changes} times).")
             elif link is not None and link.lives() and os.path.exists(link.socket):
                 # Kept in mind with who it is: it is to end with the others.
                 cold = replace(link, cold="Its fork server does not answer.")
@@ -244,10 +276,17 @@ class Station:
                 links.write(kind.name, cold)
                 return cold
             self._make_room(unit.terms.most)
-            return self._start_server(kind, unit, crashes, give_up)
+            return self._start_server(kind, unit, before, give_up)
 
-    def _start_server(self, kind: _Kind, unit: Wanted, crashes: int, give_up: Callable[[], bool]) -> Link:
-        """Start a server, and write down where it is, or why there is none."""
+    def _start_server(self, kind: _Kind, unit: Wanted, before: Link, give_up: Callable[[], bool]) -> Link:
+        """Start a server, and write down where it is, or why there is none.
+
+        Args:
+            kind: of the units.
+            unit: the first one.
+            before: what there was.
+            give_up: asked while it imports.
+        """
         from fractal_runner.worker.links import Link
         from fractal_runner.worker.server import Server  # only the one who starts it pays for it
         from fractal_runner.worker.warm import ColdStart
@@ -268,7 +307,7 @@ class Station:
                 owner=self._owner,
                 varying=(os.fsdecode(unit.environment.varying),),
                 import_timeout_s=unit.terms.timeout_s,
-                idle_s=IDLE_S,
+                idle_s=self._idle_s,
             )
         except ColdStart as error:
             link = Link(cold=str(error))
@@ -276,7 +315,9 @@ class Station:
             return link
         try:
             why = _ready(server, give_up)
-            link = Link(server.socket, server.pid, server.ticks, crashes) if why is None else Link(cold=why)
+            link = Link(cold=why or "")
+            if why is None:
+                link = replace(before, socket=server.socket, pid=server.pid, ticks=server.ticks)
             links.write(kind.name, link)
         except BaseException:  # whatever it is, no server is left that nobody knows of
             server.stop(0)
@@ -321,30 +362,48 @@ class Station:
                 warm.ask(socket, "retire", _END_S)
 
 
-def station_for(coordinator: tuple[str, int], terms: WarmStart) -> Station:
+def station_for(coordinator: tuple[str, int], terms: WarmStart) -> Station | None:
     """Where a unit of this process finds its server: its job's station, the coordinator's, or its own.
+
+    None if it has nobody to share one with.
 
     Args:
         coordinator: host and pid of the run's.
         terms: of the unit's warm start.
     """
-    if _of_this_job:
-        return _of_this_job[0]
     host, pid = coordinator
-    if host == processes.host_name() and (processes.start_ticks(pid) or 0) == terms.ticks:
+    is_here = host == processes.host_name() and (processes.start_ticks(pid) or 0) == terms.ticks
+    for job in _of_this_job:
+        if not is_here or terms.ticks < job.station.ticks:  # else it is a run within a call of this job
+            return None if job.is_single and not terms.even_single else job.station
+    if is_here:
         return Station(terms.station, pid, terms.ticks)
-    return Station.of(os.getpid())
+    return Station.of(os.getpid(), idle_s=_IDLE_ELSEWHERE_S)
 
 
-def serve_this_job() -> None:
-    """Have this process, and those that it forks, use servers that end with it."""
-    _of_this_job[:] = [Station.of(os.getpid())]
+def serve_this_job(calls: int) -> None:
+    """Have this process, and those that it forks, use servers that end with it.
+
+    Args:
+        calls: how many it has to do.
+    """
+    _of_this_job[:] = [_Job(Station.of(os.getpid()), is_single=calls < 2)]
 
 
 def leave_this_job() -> None:
     """End the servers of this process's calls, which have ended."""
-    for station in _of_this_job:
-        station.remove()
+    for job in _of_this_job:
+        job.station.remove()
+
+
+@functools.cache
+def _world() -> str:
+    """Where pids mean the same as here: on this host, since this boot, in this container."""
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:  # not Linux
+        namespace = ""
+    return f"{zlib.crc32(f'{processes.host_name()} {processes.boot_id()} {namespace}'.encode()):08x}"
 
 
 def _ready(server: Server, give_up: Callable[[], bool]) -> str | None:
@@ -362,9 +421,10 @@ def _ready(server: Server, give_up: Callable[[], bool]) -> str | None:
             raise NobodyWaits
 
 
-def _name_of(words: Sequence[str], cwd: str, environment: Environment) -> str:
+def _name_of(words: Sequence[str], unit: Wanted) -> str:
     import hashlib
 
-    parts = [*map(os.fsencode, words), b"", os.fsencode(cwd), b""]
-    parts += [b"%s=%s" % pair for pair in sorted(environment.variables.items())]
+    # The run's as well: what was found out of a task in one run may not be so in the next.
+    parts = [*map(os.fsencode, words), b"", os.fsencode(unit.cwd), b"", unit.terms.station.encode()]
+    parts += [b"%s=%s" % pair for pair in sorted(unit.environment.variables.items())]
     return hashlib.blake2b(b"\0".join(parts), digest_size=8).hexdigest()

@@ -36,6 +36,8 @@ class Target:
         kind: what comes after them.
         name: the script's path, as the interpreter gets it, or the module's name.
         words: how many words of the command stand for all this; the rest are arguments.
+        by_env: whether env(1) looks for the interpreter, in the PATH of the unit; else that of whoever starts
+            it counts, as posix_spawnp(3) has it.
     """
 
     python: str
@@ -43,6 +45,7 @@ class Target:
     kind: Literal["script", "module"]
     name: str
     words: int = field(compare=False)
+    by_env: bool = field(default=False, compare=False)
 
 
 def recognise(words: Sequence[str], path: str | None = None) -> Target | None:
@@ -67,7 +70,8 @@ def recognise(words: Sequence[str], path: str | None = None) -> Target | None:
     target = _interpreted(interpreter[0], [*interpreter[1:], script], 0)
     if target is None or target.kind != "script" or target.name != script:
         return None
-    return Target(target.python, target.options, "script", script, 1)
+    by_env = "/" not in interpreter[0]
+    return Target(target.python, target.options, "script", script, 1, by_env)
 
 
 def _interpreted(python: str, words: Sequence[str], before: int) -> Target | None:

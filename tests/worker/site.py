@@ -82,6 +82,7 @@ class Site:
             ticks=self.station.ticks,
             timeout_s=30.0,
             most=4,
+            even_single=False,
             log=str(bench.folder.parent / "fork-servers" / "0_t"),
         )
         bench.write("heavy.py", _HEAVY)

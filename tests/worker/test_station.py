@@ -318,5 +318,6 @@ def test_a_unit_on_another_host_has_a_station_of_its_own(site: Site) -> None:
     here = station_for((processes.host_name(), os.getpid()), site.terms)
     later = station_for((processes.host_name(), os.getpid()), replace(site.terms, ticks=1))
 
+    assert here is not None and there is not None and later is not None
     assert here.directory == site.terms.station
     assert there.directory == later.directory == Station.of(os.getpid()).directory

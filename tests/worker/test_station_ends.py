@@ -106,10 +106,10 @@ def test_only_crashes_are_counted(
     site: Site, tmp_path_factory: pytest.TempPathFactory, ends: list[str]
 ) -> None:
     words = site.quick()
-    crashes = 0
+    crashes = changes = 0
     try:
         for number, end in enumerate(ends):
-            expected = COLD if crashes > 2 else WARM
+            expected = COLD if crashes > 2 or changes > 3 else WARM
             if end == "other worker":
                 [result] = Worker(tmp_path_factory.mktemp("worker"), site.spec(words)).results()
             else:
@@ -124,6 +124,7 @@ def test_only_crashes_are_counted(
             elif end in ("retire", "end"):
                 warm.ask(server.socket, end)  # type: ignore[arg-type]
             elif end == "change":
+                changes += 1
                 site.quick(more=f"# {number}")
     finally:
         site.station.end_servers()
