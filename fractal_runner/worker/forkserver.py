@@ -31,7 +31,8 @@ connections, each learned module is kept once, and refused ones are named at mos
 
 What a unit could still notice: `/proc/self/cmdline` is the server's, one frame lies below its
 `<module>`, strings hash alike in all units of a server, modules were imported with no arguments in
-`sys.argv`, and what imported modules hold is flushed at its end, if it is a file, but not finalized.
+`sys.argv`, what others were seen to import is in `sys.modules`, its parent and its session are the
+server's, and what imported modules hold is flushed at its end, if it is a file, but not finalized.
 """
 
 from __future__ import annotations
