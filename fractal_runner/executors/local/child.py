@@ -21,6 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import DupFd
+from pathlib import Path
 from typing import Any
 
 import cloudpickle
@@ -234,10 +235,10 @@ def _arrive(connection: Connection, setup: Setup) -> _Reporter:
 def _keep_to_ourselves() -> None:
     """Let what this process starts not have the descriptors that it was itself started with."""
     with suppress(OSError):  # no /proc: macOS
-        for name in os.listdir("/proc/self/fd"):
-            if int(name) > 2:
+        for path in Path("/proc/self/fd").iterdir():
+            if int(path.name) > 2:
                 with suppress(OSError):  # the listing's own
-                    os.set_inheritable(int(name), False)
+                    os.set_inheritable(int(path.name), False)
 
 
 def _redirect(fd: int) -> None:
