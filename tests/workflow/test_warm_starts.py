@@ -238,6 +238,7 @@ async def test_a_history_from_before_there_were_warm_starts_is_resumed(
         await run(task, dataset=images(3))
     with sqlite3.connect(tmp_path / "run" / "history.sqlite") as database:
         database.execute("ALTER TABLE fractal_runner_units DROP COLUMN start")
+        database.execute("ALTER TABLE fractal_runner_runs DROP COLUMN settings")
         database.execute("UPDATE fractal_runner_history SET version = 1")
     database.close()
     (tmp_path / "mended").touch()
