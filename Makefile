@@ -34,6 +34,7 @@ chaos: .venv/.dev compiled
 	.ci/install-slurm
 	FRACTAL_RUNNER_CHAOS_RUNS=100 FRACTAL_RUNNER_CHAOS_KILLS=12 \
 		.venv/bin/python -m pytest -n 2 --dist worksteal tests/history/test_kills.py
+	FRACTAL_RUNNER_PAIRS_ALONE=1 .venv/bin/python -m pytest -n 2 --dist worksteal tests/worker/test_warm_and_cold.py
 	FRACTAL_RUNNER_PAIRS_OVER="slurm lsf ibm" .venv/bin/python -m pytest -n 2 --dist worksteal tests/warm
 
 # An installed package is compiled. This one is where it is edited, and each of its processes would do it.

@@ -327,10 +327,12 @@ def end_found(
         while find() and time.monotonic() < deadline:
             time.sleep(pause)  # not our children: nobody tells us when they end
             pause = min(1.5 * pause, _LONGEST_PAUSE_S)
-    deadline = time.monotonic() + kill_wait_s
+    until = None
     while left := list(find()):
         _signal_each(left, signal.SIGKILL)
-        if time.monotonic() > deadline:
+        # From the first KILL on: to look through all processes may itself take long on a busy machine.
+        until = time.monotonic() + kill_wait_s if until is None else until
+        if time.monotonic() > until:
             return left
         time.sleep(_PAUSE_S)
     return []

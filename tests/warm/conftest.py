@@ -22,6 +22,22 @@ _CLUSTERS = {
 }
 
 
+# The same cases as a module of a package: of the local executors one will do.
+ONLY_AS_SCRIPT = {"process"}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is not run."""
+    given = {item: getattr(getattr(item, "callspec", None), "params", {}) for item in items}
+    out = [
+        item
+        for item, values in given.items()
+        if values.get("task") == "module" and values.get("pair") in ONLY_AS_SCRIPT
+    ]
+    config.hook.pytest_deselected(items=out)
+    items[:] = [item for item in items if item not in out]
+
+
 @pytest.fixture(scope="session", params=OVER)
 def pair(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, top: Path
@@ -38,6 +54,9 @@ def pair(
             env = {} if fixture is None else request.getfixturevalue(fixture).env
             python = top / ".venv-tasks" / "bin" / "python"
             ready = python if (top / ".venv-tasks" / ".ready").exists() else None
-            run_pair(place, name, options, env=env, is_cluster=fixture is not None, task_python=ready)
+            forms = {"script"} if request.param in ONLY_AS_SCRIPT else {"script", "module"}
+            run_pair(
+                place, name, options, forms=forms, env=env, is_cluster=fixture is not None, task_python=ready
+            )
             (place / "ended").touch()
     yield Pair(place)

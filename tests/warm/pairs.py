@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ def run_pair(
     executor: str,
     options: Mapping[str, Any],
     *,
+    forms: Collection[str],
     env: Mapping[str, str],
     is_cluster: bool,
     task_python: Path | None,
@@ -37,6 +38,7 @@ def run_pair(
         place: a directory that is made for it.
         executor: the executor's name.
         options: its options, but for how many units run at a time.
+        forms: in which the cases are run: "script", "module".
         env: what its cluster has in the environment.
         is_cluster: whether it packs units into jobs.
         task_python: an interpreter that has numpy, if there is one.
@@ -49,7 +51,11 @@ def run_pair(
         "executor": executor,
         "options": {"max_workers": WORKERS, **options},
         "packs": is_cluster,
-        "tasks": {name: asdict(job) for name, job in jobs.items()},
+        "tasks": {
+            name: asdict(job)
+            for name, job in jobs.items()
+            if name in forms or name not in ("script", "module")
+        },
     }
     (place / "plan.json").write_text(json.dumps(plan))
     kept = {

@@ -16,6 +16,9 @@ from fractal_runner.worker.function import FunctionRef
 from fractal_runner.worker.spec import UnitSpec
 from tests.worker.pairs import Bench
 
+# The same cases are units of a workflow in tests/warm; alone, one server for each, they are `make chaos`'s.
+collect_ignore = [] if "FRACTAL_RUNNER_PAIRS_ALONE" in os.environ else ["test_warm_and_cold.py"]
+
 Make = Callable[..., UnitSpec]
 
 

@@ -262,7 +262,10 @@ def test_what_lsf_refuses_fails_at_once_in_its_words(
 
 
 @in_ibms
-def test_an_array_that_is_too_large_for_ibms_is_refused(site: Site) -> None:
+def test_an_array_that_is_too_large_for_ibms_is_refused(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    # All of them are to be one array, however busy this machine is.
+    for name, seconds in {"_GATHER_S": 2.0, "_GATHER_LIMIT_S": 60.0, "_GATHER_BUSY_S": 60.0}.items():
+        monkeypatch.setattr(f"fractal_runner.executors.batch.submitting.{name}", seconds)
     executor = site.executor(calls_per_job=1, max_jobs=2000, max_array=2000)
 
     errors = {error_of(each) for each in site.many(executor, 1001)}
