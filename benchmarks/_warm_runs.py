@@ -148,12 +148,16 @@ def run_tasks(
 
 def run_script(script: str, units: int, run_directory: str, executor: str, warm_start: str) -> dict[str, Any]:
     """In a fresh process: so many units of a script in the tasks' interpreter; as `run_tasks` returns it."""
+    return _run_script(script, units, run_directory, executor=executor, warm_start=warm_start)
+
+
+def _run_script(script: str, units: int, run_directory: str, *, executor: str, **more: Any) -> dict[str, Any]:
     _, figures = _run(
         workflow_of(command_parallel=f"{TASK_PYTHON} {script}"),
         dataset_of(units),
         Path(run_directory),
         executor=(executor, {"max_workers": WORKERS}),
-        warm_start=warm_start,
+        **more,
     )
     return figures
 
@@ -174,14 +178,8 @@ def run_script_watched(
             held = {str(pid): _held(pid) for pid in servers(os.getpid())}
             looks.append({"done": event.done, "servers": held, "coordinator": _held(os.getpid())})
 
-    _, figures = _run(
-        workflow_of(command_parallel=f"{TASK_PYTHON} {script}"),
-        dataset_of(units),
-        Path(run_directory),
-        executor=(executor, {"max_workers": WORKERS}),
-        warm_start=warm_start,
-        on_event=look,
-    )
+    given = {"executor": executor, "warm_start": warm_start, "on_event": look}
+    figures = _run_script(script, units, run_directory, **given)
     return {**figures, "looks": looks}
 
 

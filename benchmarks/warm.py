@@ -320,7 +320,7 @@ class _Bench:
                 raise RuntimeError(f"{function} ended before it began: {line or child.result()!r}")
             with Watch(int(line), _MEMORY_S if memory else _WATCH_S, memory) as watch:
                 figures = child.result()
-        except BaseException:
+        except BaseException:  # a Ctrl-C, too, must leave no run behind
             child.kill()
             raise
         found = [path for path in watch.servers.values() if path is not None]

@@ -11,8 +11,7 @@ import typer
 
 from fractal_runner.errors import did_you_mean
 from fractal_runner.quantities import parse_time
-
-MODES = ("auto", "always", "never")
+from fractal_runner.worker.spec import WARM_MODES
 
 _PLAIN = re.compile(r"[A-Za-z_][\w.+-]*")
 
@@ -76,9 +75,10 @@ def read_warm_start(mode: str | None, timeout: str | None, max_servers: int | No
     Raises:
         typer.BadParameter: saying what would be right.
     """
-    if mode is not None and mode not in MODES:
+    if mode is not None and mode not in WARM_MODES:
         raise typer.BadParameter(
-            f"{mode!r} is none of {', '.join(MODES)}: {did_you_mean(mode, MODES)}", param_hint="--warm-start"
+            f"{mode!r} is none of {', '.join(WARM_MODES)}: {did_you_mean(mode, WARM_MODES)}",
+            param_hint="--warm-start",
         )
     try:
         seconds = None if timeout is None else parse_time(timeout)

@@ -19,7 +19,7 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 from fractal_runner.errors import did_you_mean
-from fractal_runner.quantities import parse_count, parse_size, parse_time
+from fractal_runner.quantities import argument, parse_count, parse_size, parse_time
 
 ContextFilter = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
@@ -74,10 +74,7 @@ class CallOptions:
             parse = _PARSERS.get(name)
             if parse is None:
                 raise TypeError(f"there is no option {name!r}: {did_you_mean(name, _PARSERS)}")
-            try:
-                parsed[name] = parse(value)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
+            parsed[name] = argument(name, parse, value)
         return dataclasses.replace(self, **parsed)
 
     def context_of(self, context: Mapping[str, Any]) -> Mapping[str, Any]:

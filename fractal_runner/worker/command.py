@@ -179,8 +179,7 @@ def _run_command(
     except UnitLost as error:
         left = processes.end_found(lambda: processes.bearers(mark), spec.grace_s)
         return _not_started(spec, UNKILLABLE if left else SERVER_LOST, str(error)), None
-    except BaseException:
-        # Ctrl-C in a pool's worker, before its server has said whether it has started.
+    except BaseException:  # Ctrl-C in a pool's worker, before its server has said whether it has started
         processes.end_found(lambda: processes.bearers(mark), spec.grace_s)
         raise
     processes.note_command(child.pid)
@@ -189,8 +188,7 @@ def _run_command(
         brief = child.wait(_BRIEF_S)
         note = None if brief else _record_process(ledger, spec, child.pid, since)
         reason, message, peak = _watch(spec, stop, child, mark)
-    except BaseException:
-        # Ctrl-C in a pool's worker: what was started here is not left behind.
+    except BaseException:  # Ctrl-C in a pool's worker: what was started here is not left behind
         processes.end_group(child, mark, spec.grace_s)
         raise
     finally:

@@ -200,7 +200,7 @@ def _truth(test: _ast.expr) -> bool | None:
     try:
         expression: Any = _ast.Expression(test)
         return bool(eval(compile(expression, "<condition>", "eval"), {"sys": sys, "os": os}))
-    except Exception:
+    except Exception:  # whatever it is, the condition is not certain
         return None
 
 
@@ -328,7 +328,7 @@ class _Program:
                 self._execute_imports(source, path)
         except _Cold:
             raise
-        except BaseException as error:
+        except BaseException as error:  # imports are anybody's code, and may exit as well
             what = f"{type(error).__name__}: {error}"
             raise _Cold(f"Its imports fail ({what[:300]}).") from None
         self.printed = captured.text
@@ -776,8 +776,8 @@ class _Unit:
             for file in (getattr(sys, "stdout", None), getattr(sys, "stderr", None)):
                 if file is not None:
                     file.flush()
-        except Exception:
-            return  # the interpreter has words and an exit code for it
+        except Exception:  # of a stream that a task has put there: the interpreter has words for it
+            return
         try:
             for name in ("last_type", "last_value", "last_traceback", "last_exc"):
                 if hasattr(sys, name):
@@ -1056,7 +1056,7 @@ class _Server:
             try:
                 arguments = [os.fsdecode(word) for word in words[len(self.words) :]]
                 return self._become(connection, log_fd, environment, arguments)
-            except BaseException as error:
+            except BaseException as error:  # this fork must not go on as a second server
                 os.write(2, f"fractal_runner could not start this unit: {error!r}\n".encode())
                 os._exit(1)
         os.close(log_fd)
@@ -1262,7 +1262,7 @@ class _Server:
             try:
                 with self.draws:
                     __import__(name)
-            except BaseException as error:
+            except BaseException as error:  # imports are anybody's code; the units have theirs without it
                 _log(f"{name} cannot be imported after all: {error!r}")
                 self._refuse(name)
             else:
@@ -1418,7 +1418,7 @@ if __name__ == "__main__":
     try:
         _unit.call[0](*_unit.call[1])  # the one frame of ours that lies below the script's
         _unit.code = 0
-    except BaseException as error:
+    except BaseException as error:  # the script's own: it is on its way to the interpreter
         _unit.failed(error)
         raise
     finally:

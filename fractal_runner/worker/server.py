@@ -102,6 +102,8 @@ class Server:
         if _JOBSERVER.search(environment.get(b"MAKEFLAGS", b"")):
             raise warm.ColdStart("MAKEFLAGS names descriptors of a jobserver, which its units must inherit.")
         owner = os.getpid() if owner is None else owner
+        if (ticks := processes.start_ticks(owner)) is None:
+            raise warm.ColdStart("The process that its fork server would end with has ended.")
         own = tempfile.mkdtemp(prefix="warm-", dir=directory)
         read, write = os.pipe()
         try:
@@ -111,7 +113,7 @@ class Server:
                 "directory": own,
                 "status": write,
                 "owner": owner,
-                "owner-ticks": processes.start_ticks(owner),
+                "owner-ticks": ticks,
                 "import-timeout": import_timeout_s,
                 "idle": idle_s,
                 "varying": ",".join(varying),
@@ -137,7 +139,7 @@ class Server:
                     pass_fds=(write,),
                     start_new_session=True,
                 )
-        except BaseException:
+        except BaseException:  # a Ctrl-C, too, must leave neither descriptor nor directory behind
             os.close(read)
             shutil.rmtree(own, ignore_errors=True)
             raise

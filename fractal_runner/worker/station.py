@@ -51,7 +51,7 @@ class GivenUp(Exception):
 
 
 class UnitLost(Exception):
-    """The fork server ended while it was starting the unit: whether it has started is not known."""
+    """The fork server has not said whether it has started the unit: nobody knows."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ class ColdStart(Exception):
 
 
 class ServerLost(Exception):
-    """The server ended between the request and its answer: whether the unit was started is not known."""
+    """The server did not answer a request, or ended first: whether the unit was started is not known."""
 
 
 class NobodyWaits(Exception):
@@ -123,7 +123,7 @@ def run(
         ColdStart: if it must be started cold, or the server is not there.
         OSError: as `spawn` raises it: the log cannot be opened, there is no process to be had, or a NUL
             character is in a word.
-        ServerLost: if the server ended before it had answered.
+        ServerLost: if the server ended before it had answered, or does not answer.
     """
     entries = [b"%s=%s" % pair for pair in environment.items()]
     encoded = [os.fsencode(word) for word in words]
@@ -135,7 +135,7 @@ def run(
     try:
         answer, rest = _answer(connection, parts, _PID_S)
         if not answer:
-            raise ServerLost("The fork server ended while it was starting a unit.")
+            raise ServerLost("The fork server did not say whether it has started the unit.")
         kind, _, text = answer.partition(" ")
         if kind in ("cold", "gone"):
             raise ColdStart(text, gone=kind == "gone")
@@ -143,7 +143,7 @@ def run(
             number, _, what = text.partition(" ")
             raise OSError(int(number), what)
         return WarmChild(connection, int(text), rest)
-    except BaseException:
+    except BaseException:  # a Ctrl-C, too, must leave no connection behind
         connection.close()
         raise
 
@@ -183,12 +183,12 @@ def _connected(
             if give_up():
                 raise NobodyWaits
         hello = _line(connection, deadline)[0]
-    except NobodyWaits:
-        connection.close()
-        raise
     except (OSError, ValueError) as error:
         connection.close()
         raise ColdStart(f"The fork server does not answer: {error}.", gone=True) from None
+    except BaseException:  # given up, or a Ctrl-C
+        connection.close()
+        raise
     if hello != "hello":
         connection.close()
         kind, _, why = hello.partition(" ")

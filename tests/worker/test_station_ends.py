@@ -272,7 +272,7 @@ def test_more_clients_than_a_server_can_have_waiting_are_all_served_by_it(site: 
                 > 128
             )
         )
-        time.sleep(1)
+        time.sleep(1)  # long enough for those that find the queue full to ask again
         os.kill(server.pid, signal.SIGCONT)
         results = [future.result(2 * DEADLINE_S) for future in futures]
 

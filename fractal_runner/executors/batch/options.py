@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from fractal_runner.errors import did_you_mean
+from fractal_runner.quantities import argument
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +47,7 @@ class OptionTable:
                 raise TypeError(f"{self.scheduler}'s executor has no option {name!r}: {self._hint(name)}")
             if value is None:
                 continue
-            try:
-                known = parse(value)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
-            if known:
+            if known := argument(name, parse, value):
                 parsed[name] = known
         return MappingProxyType(parsed)
 
