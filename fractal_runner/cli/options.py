@@ -1,4 +1,4 @@
-"""What people type after options: filters and executor options, read and written back."""
+"""What people type after options: filters, an executor's options, warm starts."""
 
 from __future__ import annotations
 
@@ -52,22 +52,9 @@ def read_attribute_filters(given: Iterable[str]) -> dict[str, list[Any]]:
     return filters
 
 
-def read_executor_options(given: Iterable[str], max_workers: int | None) -> dict[str, Any]:
-    """`key=value` items as constructor arguments; values are JSON where they can be, else text.
-
-    Raises:
-        typer.BadParameter: saying what would be right.
-    """
-    options: dict[str, Any] = {}
-    for item in given:
-        name, text = _split(item, "--executor-opt", "max_workers=4")
-        try:
-            options[name] = json.loads(text)
-        except ValueError:
-            options[name] = text
-    if max_workers is not None:
-        options["max_workers"] = max_workers
-    return options
+def executor_words(given: Iterable[str] | None, max_workers: int | None) -> list[str]:
+    """What was said of an executor, each as the word of an `--executor-opt`."""
+    return [*(given or ()), *([] if max_workers is None else [f"max_workers={max_workers}"])]
 
 
 def read_warm_start(mode: str | None, timeout: str | None, max_servers: int | None) -> dict[str, Any]:

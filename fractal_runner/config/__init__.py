@@ -6,13 +6,15 @@ files. Which sections there are, and what they take, the executors' registry say
 
 from fractal_runner.config.final import Config, Row
 from fractal_runner.config.keys import Section, Takes, takes
-from fractal_runner.config.layers import LAYERS, LayerFile, check, layer_files, load
+from fractal_runner.config.layers import LAYERS, PROJECT, LayerFile, check, layer_files, load
 from fractal_runner.config.resources import RESOURCE_CLASS, UnitLayer, unit_layers
-from fractal_runner.config.schema import RESERVED, SIZE, TIME, Sections
+from fractal_runner.config.schema import EXECUTOR, RESERVED, SIZE, TIME, Sections
 from fractal_runner.config.values import Mistake, Origin
 
 __all__ = [
+    "EXECUTOR",
     "LAYERS",
+    "PROJECT",
     "RESERVED",
     "RESOURCE_CLASS",
     "SIZE",

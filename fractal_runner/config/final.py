@@ -15,9 +15,11 @@ from fractal_runner.config.values import (
     Node,
     Origin,
     Plain,
+    Scalar,
     Table,
     leaves,
     plain,
+    table,
 )
 from fractal_runner.config.writing import written
 from fractal_runner.errors import InputFileError, did_you_mean
@@ -45,15 +47,22 @@ class Config:
     """A configuration that has been checked.
 
     Args:
-        table: all layers, merged.
+        merged: all layers.
         root: what its keys take.
         files: the layers that are files, also those that are not there.
     """
 
-    def __init__(self, table: Table, root: Section, files: tuple[LayerFile, ...] = ()) -> None:
-        self._table = table
+    def __init__(self, merged: Table, root: Section, files: tuple[LayerFile, ...] = ()) -> None:
+        self._table = merged
         self._root = root
         self.files = files
+
+    @classmethod
+    def empty(cls, executor: str = "thread") -> Config:
+        """One that says nothing but which executor there is."""
+        nowhere = Origin("built-in", "")
+        root = Section({CLASSES: Takes(values=Takes())})
+        return cls(table({EXECUTOR: Scalar(executor, nowhere)}, {EXECUTOR: nowhere}, nowhere), root)
 
     @property
     def executor(self) -> str:

@@ -12,8 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 from fractal_runner.config.final import Config
+from fractal_runner.config.given import PYTHON, RECORDED, given_layer
 from fractal_runner.config.keys import Section, Takes, check_section
 from fractal_runner.config.schema import CLASSES, EXECUTOR, RESERVED, Sections
 from fractal_runner.config.schema import root as root_of
@@ -87,6 +89,8 @@ def load(
     options: Iterable[str] = (),
     environ: Mapping[str, str] | None = None,
     files: Sequence[LayerFile] | None = None,
+    recorded: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
 ) -> Config:
     """The configuration of all six layers.
 
@@ -99,13 +103,23 @@ def load(
         environ: the environment; this process's own for None.
         files: the layers that are files, in place of those of `layer_files`; the one that is built in is
             first, unless they have one.
+        recorded: what a run that goes on has had before, by key: over all layers but the command line's.
+        overrides: what is said in Python, by key, over all layers.
 
     Raises:
         InputFileError: naming every mistake, with its file, line and key. Nothing has been applied.
     """
     findings = Findings()
     config = _gather(
-        sections, findings, start=start, environ=environ, executor=executor, options=options, files=files
+        sections,
+        findings,
+        start=start,
+        environ=environ,
+        executor=executor,
+        options=options,
+        files=files,
+        recorded=recorded,
+        overrides=overrides,
     )
     if findings.mistakes:
         raise error_of(findings.mistakes)
@@ -155,6 +169,8 @@ def _gather(
     executor: str | None = None,
     options: Iterable[str] = (),
     files: Sequence[LayerFile] | None = None,
+    recorded: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
 ) -> Config:
     """What the layers say together; of no use, if `findings` has been told of mistakes."""
     environ = os.environ if environ is None else environ
@@ -171,8 +187,10 @@ def _gather(
         for name in table.entries
     }
     layers.append(environment_layer(environ, whole, classes, findings))
+    layers.append(_checked_values(RECORDED, recorded or {}, root, findings))
     chosen = _chosen(executor, layers, root)
     layers.append(command_line_layer(executor, chosen, options, whole, findings))
+    layers.append(_checked_values(PYTHON, overrides or {}, root, findings))
     merged = reduce(lambda earlier, later: merge(earlier, later, findings), layers)
     return Config(merged, root, tuple(found))
 
@@ -206,6 +224,12 @@ def _checked_file(file: LayerFile, root: Section, findings: Findings) -> Table:
         check_section(table, root, "", found)
     findings.add_sorted(found)
     return empty(origin) if table is None else table
+
+
+def _checked_values(layer: str, said: Mapping[str, Any], root: Section, findings: Findings) -> Table:
+    found = given_layer(layer, said, findings)
+    check_section(found, root, "", findings)
+    return found
 
 
 def _site_directory() -> Path:

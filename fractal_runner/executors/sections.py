@@ -17,7 +17,7 @@ from fractal_runner import config
 from fractal_runner.config import Config
 from fractal_runner.config.keys import Section, Takes, takes
 from fractal_runner.config.schema import SIZE
-from fractal_runner.executors import registry
+from fractal_runner.executors import factories
 from fractal_runner.quantities import parse_count, parse_size, parse_time
 
 _POSITIVE = parse_count
@@ -64,13 +64,23 @@ def load(
     executor: str | None = None,
     options: Iterable[str] = (),
     environ: Mapping[str, str] | None = None,
+    recorded: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
 ) -> Config:
     """The configuration, with a section for each executor that there is; see `fractal_runner.config.load`.
 
     Raises:
         InputFileError: naming every mistake, with its file, line and key.
     """
-    return config.load(ExecutorSections(), start=start, executor=executor, options=options, environ=environ)
+    return config.load(
+        ExecutorSections(),
+        start=start,
+        executor=executor,
+        options=options,
+        environ=environ,
+        recorded=recorded,
+        overrides=overrides,
+    )
 
 
 class ExecutorSections:
@@ -81,17 +91,18 @@ class ExecutorSections:
 
     def names(self) -> list[str]:
         """The executors' names."""
-        return registry.names()
+        return factories.names()
 
     def section(self, name: str) -> Section:
         """What an executor's section takes.
 
         Raises:
             ValueError: if there is no such executor, naming the nearest one.
-            ImportError: if it cannot be imported.
+                Also if two packages offer it, or it cannot be had.
+            ImportError: if one of our own cannot be imported.
         """
         if name not in self._known:
-            chosen = registry.class_of(name)
+            chosen = factories.factory_of(name)
             self._known[name] = section_of(chosen, getattr(chosen, "other_words", {}))
         return self._known[name]
 
@@ -100,7 +111,7 @@ class ExecutorSections:
 
         None, for whatever it is, if there are executors of other packages: what theirs take is not known.
         """
-        if set(registry.names()) - _OURS:
+        if set(factories.names()) - _OURS:
             return None
         from fractal_runner.executors.batch import lsf_options, slurm_options
         from fractal_runner.executors.batch.base import PACKING_OPTIONS
@@ -143,7 +154,7 @@ def section_of(factory: Callable[..., Any], other_words: Mapping[str, str] | Non
 def _expected(name: str, annotation: Any) -> Takes | None:
     """What an argument takes; None if that cannot be written."""
     expected = takes(Any if annotation is inspect.Parameter.empty else annotation)
-    if expected is None or name in registry._NOT_BY_NAME:
+    if expected is None or name in factories.PYTHON_ONLY:
         return None
     parse = _PARSERS.get(name)
     if expected.parse is None and parse is not None and _is_for(parse, expected):

@@ -11,7 +11,7 @@ import pytest
 from fractal_runner.config.keys import Takes, accepts
 from fractal_runner.config.values import Findings
 from fractal_runner.config.yaml12 import read_text
-from fractal_runner.executors import registry
+from fractal_runner.executors import factories
 from fractal_runner.executors.sections import ExecutorSections, section_of
 from fractal_runner.quantities import parse_size, parse_time
 from tests.executors.batch import standin
@@ -68,17 +68,17 @@ def fits(expected: Takes, text: str) -> bool:
     return accepts(table.entries["key"], expected)
 
 
-@pytest.mark.parametrize("name", registry.names())
+@pytest.mark.parametrize("name", factories.names())
 def test_the_keys_of_a_section_are_the_constructors_arguments(name: str) -> None:
     section = ExecutorSections().section(name)
 
-    constructor = set(registry._parameters(registry.class_of(name)))
-    assert section.keys.keys() == constructor - registry._NOT_BY_NAME
-    assert set(section.python_only) == constructor & registry._NOT_BY_NAME
+    constructor = set(factories.parameters_of(factories.class_of(name))[0])
+    assert section.keys.keys() == constructor - factories.PYTHON_ONLY
+    assert set(section.python_only) == constructor & factories.PYTHON_ONLY
     assert section.others is None
 
 
-@pytest.mark.parametrize("name", registry.names())
+@pytest.mark.parametrize("name", factories.names())
 def test_each_number_that_may_be_text_is_a_size_or_a_time(name: str) -> None:
     for key, expected in ExecutorSections().section(name).keys.items():
         if str in expected.scalars and float in expected.scalars:
@@ -138,8 +138,8 @@ def test_a_factory_that_takes_whatever_it_is_given_is_not_checked() -> None:
 
 def test_an_executors_class_is_imported_for_its_own_section_only(monkeypatch: pytest.MonkeyPatch) -> None:
     imported: list[str] = []
-    class_of = registry.class_of
-    monkeypatch.setattr(registry, "class_of", lambda name: (imported.append(name), class_of(name))[1])
+    factory_of = factories.factory_of
+    monkeypatch.setattr(factories, "factory_of", lambda name: (imported.append(name), factory_of(name))[1])
     sections = ExecutorSections()
 
     assert "slurm" in sections.names()
@@ -156,7 +156,7 @@ def test_a_class_may_say_what_any_of_our_schedulers_takes(monkeypatch: pytest.Mo
     assert {"qos", "bsub_extra", "tasks_per_job", "constraint"} <= extra.keys.keys()
     assert not {"mem", "partition", "account"} & extra.keys.keys()
 
-    monkeypatch.setitem(registry._PLACES, "batch", standin.PLACE)
+    monkeypatch.setitem(factories._PLACES, "batch", standin.PLACE)
     assert ExecutorSections().extra() is None
 
 
