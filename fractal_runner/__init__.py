@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fractal_runner.executors.batch.lsf import LsfExecutor
     from fractal_runner.executors.batch.slurm import SlurmExecutor
     from fractal_runner.executors.calls import CallOptions, TaskInfo, current_context
+    from fractal_runner.executors.factories import register
     from fractal_runner.executors.local.executors import (
         ForkExecutor,
         ProcessExecutor,
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
         SpawnExecutor,
         ThreadExecutor,
     )
+    from fractal_runner.executors.registry import session
+    from fractal_runner.executors.sessions import Session
     from fractal_runner.executors.slots import SlotPool
     from fractal_runner.history.store import History
     from fractal_runner.workflow.events import (
@@ -70,6 +73,7 @@ __all__ = [
     "RunStarted",
     "RunningUnit",
     "SerialExecutor",
+    "Session",
     "SlotPool",
     "SlurmExecutor",
     "SpawnExecutor",
@@ -91,6 +95,8 @@ __all__ = [
     "load_dataset",
     "load_workflow",
     "process_workflow",
+    "register",
+    "session",
 ]
 
 _HOME_OF = {
@@ -102,9 +108,12 @@ _HOME_OF = {
     "executors.batch.lsf": ("LsfExecutor",),
     "executors.batch.slurm": ("SlurmExecutor",),
     "executors.calls": ("CallOptions", "TaskInfo", "current_context"),
+    "executors.factories": ("register",),
     "executors.local.executors": (
         *("ForkExecutor", "ProcessExecutor", "SerialExecutor", "SpawnExecutor", "ThreadExecutor"),
     ),
+    "executors.registry": ("session",),
+    "executors.sessions": ("Session",),
     "executors.slots": ("SlotPool",),
     "history.store": ("History",),
     "workflow.events": (

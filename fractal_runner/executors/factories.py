@@ -136,6 +136,16 @@ def taken_of(factory: plugins.Factory, offered: Mapping[str, Any]) -> dict[str, 
     return {option: value for option, value in offered.items() if option in parameters}
 
 
+def missing_of(factory: plugins.Factory, options: Collection[str]) -> list[str]:
+    """The names of arguments that the factory cannot do without, and that are not among these."""
+    try:
+        parameters = inspect.signature(factory).parameters.values()
+    except (TypeError, ValueError):  # of what is not written in Python
+        return []
+    needed = [one for one in parameters if one.kind in _NAMED and one.default is inspect.Parameter.empty]
+    return [one.name for one in needed if one.name not in options]
+
+
 def check_options(name: str, options: Mapping[str, Any], refused: Collection[str] = ()) -> None:
     """Whether these are options of this executor, but for some that are refused.
 

@@ -24,6 +24,7 @@ from fractal_runner.executors.factories import (
     is_known,
     is_told,
     make,
+    missing_of,
     name_of,
     names,
     taken_of,
@@ -317,8 +318,14 @@ def _make(name: str, config: Config, given: Mapping[str, Any], offered: Mapping[
         InputFileError: if its constructor refuses what the configuration says, naming where that is written.
         ValueError, TypeError, ImportError: as `make`.
     """
+    options = {**taken_of(factory_of(name), offered), **config.options(name, given)}
+    if missing := missing_of(factory_of(name), options):
+        raise ValueError(
+            f"the executor {name!r} needs {' and '.join(map(repr, missing))}: the configuration says it as "
+            f"{' and '.join(f'{name}.{option}' for option in missing)}"
+        )
     try:
-        return make(name, {**taken_of(factory_of(name), offered), **config.options(name, given)})
+        return make(name, options)
     except (TypeError, ValueError) as error:
         if _is_about(error, config.options(name).keys() - given.keys(), given):
             raise config.blame(name, error) from error
