@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fractal_runner.executors.base import Executor
     from fractal_runner.executors.batch.lsf import LsfExecutor
     from fractal_runner.executors.batch.slurm import SlurmExecutor
-    from fractal_runner.executors.calls import CallOptions, TaskInfo, current_context
+    from fractal_runner.executors.calls import CallInfo, CallOptions, TaskInfo, current_call, current_context
     from fractal_runner.executors.factories import register
     from fractal_runner.executors.local.executors import (
         ForkExecutor,
@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from fractal_runner.workflow.process import process_workflow
 
 __all__ = [
+    "CallInfo",
     "CallOptions",
     "Dataset",
     "Event",
@@ -91,6 +92,7 @@ __all__ = [
     "UnitSubmitted",
     "Workflow",
     "WorkflowTask",
+    "current_call",
     "current_context",
     "load_dataset",
     "load_workflow",
@@ -107,7 +109,7 @@ _HOME_OF = {
     "executors.base": ("Executor",),
     "executors.batch.lsf": ("LsfExecutor",),
     "executors.batch.slurm": ("SlurmExecutor",),
-    "executors.calls": ("CallOptions", "TaskInfo", "current_context"),
+    "executors.calls": ("CallInfo", "CallOptions", "TaskInfo", "current_call", "current_context"),
     "executors.factories": ("register",),
     "executors.local.executors": (
         *("ForkExecutor", "ProcessExecutor", "SerialExecutor", "SpawnExecutor", "ThreadExecutor"),

@@ -24,7 +24,7 @@ from typing import Any, Self, TypeVar
 
 from fractal_runner.errors import JobExecutionError
 from fractal_runner.executors.account import Calls
-from fractal_runner.executors.calls import Call, CallFuture, CallOptions, TaskInfo, current_call, name_of
+from fractal_runner.executors.calls import Call, CallFuture, CallOptions, TaskInfo, name_of, running_call
 from fractal_runner.executors.mapping import mapped
 from fractal_runner.quantities import parse_count
 
@@ -250,7 +250,7 @@ class Executor(futures.Executor):
         """
         if os.getpid() != self._pid:
             return  # a forked child's copy: what it refers to is the parent's
-        call = current_call()
+        call = running_call()
         if wait and ((call is not None and call.keeper is self._calls) or self._calls.is_ending_one()):
             raise RuntimeError(
                 f"{self.name} cannot be shut down, waiting, from within a call of its own or a callback"
@@ -315,7 +315,7 @@ class Executor(futures.Executor):
             raise RuntimeError(
                 f"{self.name} belongs to process {self._pid}: a forked child of it cannot submit to it"
             )
-        parent = current_call()
+        parent = running_call()
         if parent is not None and parent.keeper is not self._calls:
             parent = None
         call = Call(

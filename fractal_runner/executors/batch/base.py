@@ -315,6 +315,7 @@ class BatchExecutor(Executor):
         packed = PackedCall(
             *(call.name, call.key, function, arguments, self._packed_context(call)),
             timeout=call.options.timeout,
+            map_index=call.options.map_index,
         )
         call.fn, call.args, call.kwargs = _submitted_earlier, (), {}  # it may wait for long
         return packed
