@@ -9,8 +9,6 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -44,8 +42,6 @@ from fractal_runner.errors import HistoryError, InputFileError, RunBusyError
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from fractal_runner.config import Config
 
 app = typer.Typer(
     add_completion=False,
@@ -94,7 +90,7 @@ def run(
     console = Console(stderr=True)
     _log_if(verbose)
     _expect_directory_of(output)
-    config = _configured(workflow, executor, executor_opt, max_workers)
+    config = given.configuration(workflow, executor, executor_opt, max_workers)
     warm = given.read_warm_start(warm_start, warm_start_timeout, max_servers)
     repeated: list[str] = []
     for word in executor_opt or ():
@@ -178,7 +174,7 @@ def resume(
         last=last,
         warm=given.read_warm_start(warm_start, warm_start_timeout, max_servers),
     )
-    with open_run(directory, db) as found, _told_mistakes():
+    with open_run(directory, db) as found, given.told_mistakes():
         request = request_of(found, changes, history=db, output=output, rerun_unknown=rerun_unknown)
     raise typer.Exit(execute(request, Console(stderr=True)))
 
@@ -253,6 +249,25 @@ def tasks(task_env: TaskEnv = None) -> None:
         Console().print(table)
         if package.problem is not None:
             _note("warning", f"the manifest of {package.name} is not valid: {package.problem}")
+
+
+@app.command()
+def executors() -> None:
+    """List the executors: who offers them, what they can do, and whether they can be used here.
+
+    Exit codes: 0 listed, 2 the configuration is wrong (they are listed all the same).
+    """
+    from fractal_runner.cli.executors import entries, table_of
+    from fractal_runner.executors import sections
+
+    config, problem = None, ""
+    try:
+        config = sections.load()
+    except InputFileError as error:
+        problem = str(error)
+    _output().print(table_of(list(entries(config)), "" if config is None else config.executor))
+    if problem:
+        _stop("error", problem)
 
 
 @app.command()
@@ -446,27 +461,6 @@ def _leave(code: int) -> NoReturn:
 def _log_if(verbose: bool) -> None:
     if verbose:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-
-
-def _configured(
-    workflow: Path, executor: str | None, options: list[str] | None, max_workers: int | None
-) -> Config:
-    """The configuration that a run of this workflow has."""
-    from fractal_runner.executors import sections
-
-    with _told_mistakes():
-        return sections.load(
-            start=workflow, executor=executor, options=given.executor_words(options, max_workers)
-        )
-
-
-@contextmanager
-def _told_mistakes() -> Iterator[None]:
-    """Make what is wrong with files or options a message, and the exit code 2."""
-    try:
-        yield
-    except InputFileError as error:
-        _stop("error", str(error))
 
 
 def _expect_directory_of(output: Path | None) -> None:

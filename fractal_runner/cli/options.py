@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from fractal_runner.errors import did_you_mean
+from fractal_runner.errors import InputFileError, did_you_mean
 from fractal_runner.quantities import parse_time
+
+if TYPE_CHECKING:
+    from fractal_runner.config import Config
 
 MODES = ("auto", "always", "never")
 
@@ -55,6 +60,30 @@ def read_attribute_filters(given: Iterable[str]) -> dict[str, list[Any]]:
 def executor_words(given: Iterable[str] | None, max_workers: int | None) -> list[str]:
     """What was said of an executor, each as the word of an `--executor-opt`."""
     return [*(given or ()), *([] if max_workers is None else [f"max_workers={max_workers}"])]
+
+
+def configuration(
+    workflow: Path, executor: str | None, options: Iterable[str] | None, max_workers: int | None
+) -> Config:
+    """The configuration that a run of this workflow has.
+
+    Raises:
+        typer.Exit: if it is wrong, which has been told.
+    """
+    from fractal_runner.executors import sections
+
+    with told_mistakes():
+        return sections.load(start=workflow, executor=executor, options=executor_words(options, max_workers))
+
+
+@contextmanager
+def told_mistakes() -> Iterator[None]:
+    """Make what is wrong with files or options a message, and the exit code 2."""
+    try:
+        yield
+    except InputFileError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
 
 
 def read_warm_start(mode: str | None, timeout: str | None, max_servers: int | None) -> dict[str, Any]:

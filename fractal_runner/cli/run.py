@@ -20,7 +20,7 @@ from rich.console import Console
 from fractal_runner.cli.options import filter_arguments
 from fractal_runner.cli.progress import display_for
 from fractal_runner.config import Config
-from fractal_runner.errors import JobExecutionError, TaskExecutionError
+from fractal_runner.errors import ExecutorError, JobExecutionError, TaskExecutionError
 from fractal_runner.executors import factories
 from fractal_runner.quantities import format_time
 from fractal_runner.worker.spec import CANCELLED
@@ -140,7 +140,7 @@ class _Session:
                 self._say(f"{len(error.failures)} units failed; this is the first of them.")
             self._say_how_to_go_on()
             return EXIT_JOB_ERROR if isinstance(error, JobExecutionError) else EXIT_TASK_ERROR
-        except (ImportError, ValueError) as error:
+        except (ExecutorError, ImportError, NotImplementedError, ValueError) as error:
             self._say(str(error), style="red")
             return EXIT_USAGE
         written = [request.directory / DATASET_FILE]

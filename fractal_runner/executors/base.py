@@ -49,6 +49,7 @@ class Executor(futures.Executor):
     - `_close(wait)` is called once the executor gets no more calls. What it holds is to be let go of when
       the last call has ended; if `wait`, it returns only then, when no call is under way any more.
     - `_infos(calls)` tells `tasks` about calls that run.
+    - `unusable(options)` tells beforehand why it cannot work here, for `fractal-runner executors`.
 
     Class attributes tell what the executor can do, for its users and for `fractal_runner.testing`:
 
@@ -88,6 +89,18 @@ class Executor(futures.Executor):
         self._options = CallOptions()
         self._calls = Calls()
         self._pid = os.getpid()
+
+    @classmethod
+    def unusable(cls, options: Mapping[str, Any]) -> str | None:
+        """Why an executor of this class cannot work here, as far as that is seen without making one.
+
+        Args:
+            options: what its constructor would be given.
+
+        Returns:
+            The reason, which says what would help; None if nothing is known against it.
+        """
+        return None
 
     @abstractmethod
     def _start(self, call: Call) -> None:

@@ -353,3 +353,5 @@ def test_an_installed_package_brings_its_executor_with_it(program: Any, tmp_path
     assert ran.stdout == "good day good day from []\n"
     assert wrong.returncode == 2
     assert "greeting.greetin: unknown key: did you mean 'greeting'?" in wrong.stderr
+    [line] = [one for one in program("executors").stdout.splitlines() if one.startswith("greeting ")]
+    assert " ".join(line.split()) == "greeting package greeting-executor 1.2 - usable"
