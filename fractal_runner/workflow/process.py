@@ -85,7 +85,8 @@ async def process_workflow(
             and options, which count over the configuration's; None for the one that the configuration names.
             One that keeps files keeps them in the run's directory, unless its options say where. In an open
             `session`, its executors are taken, and left open.
-        config: the configuration; None for that of the open session, or else of the current directory.
+        config: the configuration, from `fractal_runner.executors.sections.load`; None for that of the open
+            session, or else of the current directory.
         resume: go on with the run that the directory holds, where it stopped or was killed; where there
             is none, begin it. What is done is not done again, and must not have changed.
         history: where the run is recorded: a History, which stays the caller's to close, an SQLAlchemy URL,
@@ -139,6 +140,11 @@ async def process_workflow(
     task = asyncio.current_task()
     logger = logging.getLogger(logger_name)
     courier = _Courier(loop, on_event, logger)
+    if config is not None and not isinstance(config, Config):
+        raise TypeError(
+            f"config is {type(config).__name__}, not Config: read one with "
+            "fractal_runner.executors.sections.load"
+        )
     directory = _absolute(workflow_dir_local)
     executors = registry.Executors(
         executor,

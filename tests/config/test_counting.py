@@ -23,7 +23,7 @@ from fractal_runner import (
     process_workflow,
 )
 from fractal_runner.cli.app import app
-from fractal_runner.executors import factories
+from fractal_runner.executors import factories, sections
 from tests.config.conftest import Layers
 from tests.executors.batch import standin
 from tests.executors.batch.standin import StandIn
@@ -139,6 +139,17 @@ async def test_what_is_given_in_python_counts_over_all_layers(
     assert [(one.max_workers, one.partition) for one in stand_ins] == [(4, "long"), (4, "main")]
     assert recorded(layers.start / "r") == ["batch", {"max_workers": 4, "partition": "long"}]
     assert [one.folder for one in stand_ins] == [str(layers.start / name / "jobs" / "batch") for name in "rs"]
+
+
+async def test_another_configuration_may_be_given(layers: Layers) -> None:
+    layers.write("project", "executor: serial\n")
+
+    await run(layers.start / "r", config=sections.load(start=layers.start))
+    await run(layers.start / "s")  # from the directory above, where there is none
+
+    assert [recorded(layers.start / name)[0] for name in "rs"] == ["serial", "thread"]
+    with pytest.raises(TypeError, match="config is dict, not Config: read one with"):
+        await run(layers.start / "t", config={"executor": "serial"})
 
 
 async def test_an_executor_that_a_task_names_has_its_section_too(
