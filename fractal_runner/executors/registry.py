@@ -81,11 +81,16 @@ def session(**overrides: Any) -> Session:
         check_options(name, options)
     config = sections.load(overrides=own)
     folder = Path.cwd() / SESSION_DIR
+
+    def arguments(name: str) -> dict[str, Any]:
+        return _arguments(name, config, given.get(name, {}), {"folder": folder / name})
+
     return Session(
         config,
-        lambda name: _make(name, config, given.get(name, {}), {"folder": folder / name}),
+        lambda name: _make(name, arguments(name), config, given.get(name, {})),
         starts=is_told,
         given=given,
+        arguments=arguments,
     )
 
 
@@ -157,10 +162,16 @@ class Executors:
 
     @property
     def by_name(self) -> tuple[str, Mapping[str, Any]] | None:
-        """The name of the default one and what its constructor is given, if it was chosen by name."""
+        """The name of the default one and what its constructor is given, if it was chosen by name.
+
+        What is given because of where the run is, is not told: it is the same in a resume. That of a session
+        is not, so it is told.
+        """
         if self._given is not None or self._class is not None:
             return None
-        return self.default, self._config.options(self.default, self._said_of_default())
+        if self._around is not None and not self._options:
+            return self.default, self._around.arguments(self.default)
+        return self.default, self._config.options(self.default, self._options)
 
     def unit_layers(self, task: Mapping[str, Any], workflow_task: Mapping[str, Any]) -> Iterable[UnitLayer]:
         """All that is said of what a unit needs, the later over the earlier; see `Config.unit_layers`.
@@ -209,7 +220,8 @@ class Executors:
                 offered["path_map"] = {str(self._directory): self._seen_as}
         if name == self.default and self._class is not None and not is_known(self._class, name):
             return self._class(**taken_of(self._class, offered))
-        return _make(name, self._config, self._options if name == self.default else {}, offered)
+        given = self._options if name == self.default else {}
+        return _make(name, _arguments(name, self._config, given, offered), self._config, given)
 
     def is_local(self, name: str | None = None) -> bool:
         """Whether calls surely run on this machine, seeing this file system and this PATH."""
@@ -305,27 +317,40 @@ class Executors:
         self._session.close(wait=wait, cancel_futures=True)
 
 
-def _make(name: str, config: Config, given: Mapping[str, Any], offered: Mapping[str, Any]) -> Executor:
-    """An executor as a configuration has it.
+def _arguments(
+    name: str, config: Config, given: Mapping[str, Any], offered: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What an executor's constructor is given.
 
     Args:
         name: its name.
         config: the configuration.
         given: arguments that count over it.
         offered: arguments that it has if it takes them, and nobody says anything else.
+    """
+    return {**taken_of(factory_of(name), offered), **config.options(name, given)}
+
+
+def _make(name: str, arguments: Mapping[str, Any], config: Config, given: Mapping[str, Any]) -> Executor:
+    """An executor as a configuration has it.
+
+    Args:
+        name: its name.
+        arguments: what its constructor is given.
+        config: the configuration, which has said some of that.
+        given: what of it counts over the configuration.
 
     Raises:
         InputFileError: if its constructor refuses what the configuration says, naming where that is written.
         ValueError, TypeError, ImportError: as `make`.
     """
-    options = {**taken_of(factory_of(name), offered), **config.options(name, given)}
-    if missing := missing_of(factory_of(name), options):
+    if missing := missing_of(factory_of(name), arguments):
         raise ValueError(
             f"the executor {name!r} needs {' and '.join(map(repr, missing))}: the configuration says it as "
-            f"{' and '.join(f'{name}.{option}' for option in missing)}"
+            f"{' and '.join(f'{name}.{argument}' for argument in missing)}"
         )
     try:
-        return make(name, options)
+        return make(name, arguments)
     except (TypeError, ValueError) as error:
         if _is_about(error, config.options(name).keys() - given.keys(), given):
             raise config.blame(name, error) from error

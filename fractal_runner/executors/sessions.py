@@ -37,9 +37,10 @@ class Session:
         make: makes an executor of a name.
         starts: whether an executor of this name is told when it starts.
         given: arguments of executors that `make` takes over those of the configuration, by name.
+        arguments: all arguments that `make` gives the executor of a name.
 
     Attributes:
-        config, given: as above.
+        config, given, arguments: as above.
         is_open: whether it still gives executors.
     """
 
@@ -50,9 +51,11 @@ class Session:
         *,
         starts: Callable[[str], bool],
         given: Mapping[str, Mapping[str, Any]] | None = None,
+        arguments: Callable[[str], Mapping[str, Any]] | None = None,
     ) -> None:
         self.config = config
         self.given: Mapping[str, Mapping[str, Any]] = given or {}
+        self.arguments = arguments or config.options
         self.is_open = True
         self._make = make
         self._starts = starts

@@ -189,12 +189,15 @@ async def test_what_a_constructor_refuses_is_told_with_its_place(
     layers: Layers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(layers.start)
-    file = layers.write("site", "process:\n  max_workers: 2\n  max_memory: 0\n")
+    file = layers.write("site", "slurm:\n  partition: main\n  command_prefix: [hop, '']\n")
 
     with pytest.raises(InputFileError) as caught:
-        await run(layers.start / "r", executor="process")
+        await run(layers.start / "r", executor="slurm")
 
-    assert f"(process.max_memory is from {file}:3)" in str(caught.value)
+    problem = "the configuration is wrong: slurm: command_prefix: ['hop', ''] is no command"
+    assert str(caught.value).startswith(problem)
+    assert f"slurm.command_prefix[1] is from {file}:3" in str(caught.value)
+    assert "partition" not in str(caught.value)
 
 
 async def test_what_python_gives_wrongly_is_not_blamed_on_a_file(

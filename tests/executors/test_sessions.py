@@ -303,14 +303,15 @@ async def test_the_inner_session_counts_until_it_ends() -> None:
     assert [word for word in Noted.story if word.startswith("make")] == ["make inner", "make outer"]
 
 
-async def test_the_history_has_what_the_session_was_told() -> None:
+async def test_the_history_has_what_a_resume_needs_to_find_the_calls_of_the_session() -> None:
     with session(executor="batch", batch={"max_workers": 3}):
         await run("r")
 
     with sqlite3.connect("r/history.sqlite", timeout=30) as database:
         [(text,)] = database.execute("select executor from fractal_runner_runs").fetchall()
     database.close()
-    assert json.loads(text) == ["batch", {"max_workers": 3}]
+    folder = str(Path.cwd() / "fractal_jobs" / "batch")
+    assert json.loads(text) == ["batch", {"folder": folder, "max_workers": 3}]
 
 
 async def test_two_runs_at_a_time_share_the_sessions_executor() -> None:
