@@ -1,6 +1,6 @@
 # make demo   run a real workflow on real images      make test   set up and run all checks and tests
 # make docs   build the documentation into site/      make bench  run the benchmarks
-# make chaos  kill runs, a hundred of them, again and again
+# make chaos  kill runs, a hundred of them, again and again; compare warm and cold units on clusters
 # make clean  remove what these have made
 
 .DELETE_ON_ERROR:
@@ -29,11 +29,12 @@ test: .venv/.dev .venv-tasks/.ready .venv-cpython/.ready lint compiled
 	.ci/install-slurm
 	.venv/bin/python -m pytest -n 4 --dist worksteal
 
-# Some of what the tests do ten times, a hundred times: an hour on two cores.
+# Some of what the tests do ten times, a hundred times, and more of what takes long: an hour on two cores.
 chaos: .venv/.dev compiled
 	.ci/install-slurm
 	FRACTAL_RUNNER_CHAOS_RUNS=100 FRACTAL_RUNNER_CHAOS_KILLS=12 \
 		.venv/bin/python -m pytest -n 2 --dist worksteal tests/history/test_kills.py
+	FRACTAL_RUNNER_PAIRS_OVER="slurm lsf ibm" .venv/bin/python -m pytest -n 2 --dist worksteal tests/warm
 
 # An installed package is compiled. This one is where it is edited, and each of its processes would do it.
 compiled: .venv/bin/python

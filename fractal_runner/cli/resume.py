@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from fractal_runner.cli.locate import LocatedRun
 from fractal_runner.cli.run import RunRequest
@@ -17,6 +17,7 @@ from fractal_runner.errors import HistoryError
 from fractal_runner.executors import sections
 from fractal_runner.workflow.identity import unpacked
 from fractal_runner.workflow.models import Dataset, Workflow, describe
+from fractal_runner.workflow.warmth import WarmMode
 
 _EXECUTOR = TypeAdapter(tuple[str, dict[str, Any]])
 
@@ -31,7 +32,7 @@ class Changes:
         executor: name of another executor; the recorded one if None.
         options: options of the executor, over those that are recorded, if it is the same; as they were typed.
         last: position of the last task; the recorded one if None.
-        warm: what is said of warm starts.
+        warm: what is said of warm starts, over what is recorded.
     """
 
     workflow: Workflow | None
@@ -40,6 +41,14 @@ class Changes:
     options: Sequence[str]
     last: int | None
     warm: Mapping[str, Any]
+
+
+class _Settings(BaseModel):
+    """What is recorded of how a run goes about what it does: arguments of process_workflow."""
+
+    warm_start: WarmMode
+    warm_start_timeout: float
+    max_servers: int
 
 
 def request_of(
@@ -84,7 +93,7 @@ def request_of(
         rerun_unknown=rerun_unknown,
         job_id=run.job_id,
         user_id=run.user_id,
-        warm=changes.warm,
+        warm={**_settings_of(run.settings, found), **changes.warm},
     )
 
 
@@ -106,6 +115,20 @@ def _workflow_of(text: str, found: LocatedRun) -> Workflow:
             f"The workflow of {found.directory} cannot be taken from its history (a Python function that is "
             f"not its module's has no place to find it by): {'; '.join(describe(error))}. Resume it from "
             "where it was begun (process_workflow with resume=True), or give --workflow."
+        ) from None
+
+
+def _settings_of(text: str | None, found: LocatedRun) -> dict[str, Any]:
+    """What process_workflow was told of warm starts; nothing, if that was before it was recorded."""
+    if text is None:
+        return {}
+    try:
+        return _Settings.model_validate_json(text).model_dump()
+    except ValidationError as error:
+        why = "; ".join(describe(error))
+        raise HistoryError(
+            f"The settings of {found.directory} cannot be taken from its history: {why}. Resume it from "
+            "where it was begun (process_workflow with resume=True)."
         ) from None
 
 

@@ -73,13 +73,14 @@ class Database:
 
     Args:
         url: an SQLAlchemy URL ("postgresql+psycopg://user@host/name"), or the path of a SQLite file.
-        create: make the tables, or bring older ones up to date; a reader does not.
+        create: make the tables, or bring older ones up to date; a reader reads these as they are.
         patience_s: seconds for which one that has gone away is waited for, once it was reached.
         at_commit: called with "before" and "after" around each commit.
         sleep: how to wait.
 
     Attributes:
         name: what messages call it; without a password.
+        version: of its tables, when it was opened. That they have more columns by now harms no reader.
 
     Raises:
         HistoryError: if it cannot be opened, or a newer version wrote it.
@@ -110,9 +111,10 @@ class Database:
                 # one is told at once that it is locked.
                 patience_s = _BUSY_S if self.path is not None else 0
                 self.write(lambda connection: schema.prepare(connection, self.name), patience_s=patience_s)
+                self.version = schema.VERSION
             else:
                 with self.reading() as connection:
-                    schema.expect_readable(connection, self.name)
+                    self.version = schema.expect_readable(connection, self.name)
         except BaseException:  # a Ctrl-C, too, must leave no connection behind
             self.close()
             raise

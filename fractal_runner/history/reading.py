@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, case, func, select, tuple_
+from sqlalchemy import Column, ColumnElement, Row, case, func, select, tuple_
 
+from fractal_runner.history import schema
 from fractal_runner.history.database import Database
 from fractal_runner.history.schema import State, image_statuses, owners, runs, tasks, units
 from fractal_runner.worker.spec import COLD, WARM
@@ -23,32 +24,41 @@ _CHUNK = 1000
 
 
 class HistoryReader:
-    """Reads from a database. Each method is one consistent look."""
+    """Reads from a database. Each method is one consistent look.
+
+    In a history of an older version, columns that came later are None.
+    """
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
+    def _there(self, columns: Iterable[Column[Any]]) -> list[ColumnElement[Any]]:
+        """These columns, as far as the database has them."""
+        return schema.as_of(self._database.version, columns)
+
     def run(self, run_id: str) -> Row[Any] | None:
         """A run with everything that is known of it."""
         with self._database.reading() as connection:
-            return connection.execute(select(runs).where(runs.c.id == run_id)).one_or_none()
+            query = select(*self._there(runs.columns)).where(runs.c.id == run_id)
+            return connection.execute(query).one_or_none()
 
     def outline(self, run_id: str) -> Row[Any] | None:
         """A run without its dataset, which may be large."""
         with self._database.reading() as connection:
-            query = select(*_WITHOUT_DATASET).where(runs.c.id == run_id)
+            query = select(*self._there(_WITHOUT_DATASET)).where(runs.c.id == run_id)
             return connection.execute(query).one_or_none()
 
     def runs(self) -> Sequence[Row[Any]]:
         """All runs, the latest first, without workflow and dataset."""
         with self._database.reading() as connection:
-            return connection.execute(select(*_WITHOUT_BULK).order_by(runs.c.started.desc())).all()
+            query = select(*self._there(_WITHOUT_BULK)).order_by(runs.c.started.desc())
+            return connection.execute(query).all()
 
     def runs_in(self, directory: str | os.PathLike[str]) -> Sequence[Row[Any]]:
         """The runs of a directory, the latest first."""
         with self._database.reading() as connection:
             return connection.execute(
-                select(*_WITHOUT_BULK)
+                select(*self._there(_WITHOUT_BULK))
                 .where(runs.c.directory == os.fspath(directory))
                 .order_by(runs.c.started.desc())
             ).all()
@@ -61,9 +71,8 @@ class HistoryReader:
     def tasks(self, run_id: str) -> Sequence[Row[Any]]:
         """The tasks that have begun, in order, without datasets."""
         with self._database.reading() as connection:
-            return connection.execute(
-                select(*_TASKS_WITHOUT_BULK).where(tasks.c.run_id == run_id).order_by(tasks.c.position)
-            ).all()
+            query = select(*self._there(_TASKS_WITHOUT_BULK)).where(tasks.c.run_id == run_id)
+            return connection.execute(query.order_by(tasks.c.position)).all()
 
     def tasks_done(self, run_id: str | None = None) -> dict[str, int]:
         """How many tasks are done, of each run or of one; runs without any are left out."""
@@ -102,7 +111,8 @@ class HistoryReader:
 
     def starts(self, run_id: str) -> dict[int, dict[str, int]]:
         """How many commands of each task were started warm, and cold; of attempts only the last."""
-        counts = [func.count(case((units.c.start == start, 1))) for start in STARTS]
+        [noted] = self._there([units.c.start])
+        counts = [func.count(case((noted == start, 1))) for start in STARTS]
         query = (
             select(units.c.position, *counts)
             .where(units.c.run_id == run_id, units.c.is_last)
@@ -136,7 +146,7 @@ class HistoryReader:
             limit: how many at most.
         """
         chosen = _chosen(run_id, position, number, states, last_only=last_only)
-        query = select(units).where(*chosen).order_by(*_PLACE).limit(limit)
+        query = select(*self._there(units.columns)).where(*chosen).order_by(*_PLACE).limit(limit)
         with self._database.reading() as connection:
             yield from connection.execution_options(yield_per=_CHUNK).execute(query)
 
@@ -162,7 +172,7 @@ class HistoryReader:
             last_only: of the attempts at a unit, only the last one.
         """
         about = units.c.is_last, units.c.state, units.c.zarr_url, units.c.started, units.c.start, units.c.log
-        columns = [*_PLACE, *about]
+        columns = self._there([*_PLACE, *about])
         chosen = _chosen(run_id, position, number, states, last_only=last_only)
         query = select(*columns).where(*chosen).order_by(*_PLACE).limit(_CHUNK)
         page = query

@@ -8,12 +8,14 @@ JSON is text, a dataset is its JSON compressed by zlib.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from sqlalchemy import (
     BigInteger,
     Boolean,
     Column,
+    ColumnElement,
     Connection,
     Double,
     ForeignKey,
@@ -24,7 +26,9 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    cast,
     inspect,
+    null,
     select,
     text,
 )
@@ -32,6 +36,7 @@ from sqlalchemy import (
 from fractal_runner.errors import HistoryError
 
 VERSION = 2
+READABLE_SINCE = 1  # what is older lacks more than the columns of BROUGHT
 
 _PREFIX = "fractal_runner_"
 _LOCK_KEY = 0x66725F31  # of PostgreSQL's advisory lock around making tables; any number that is ours
@@ -86,6 +91,7 @@ runs = Table(
     Column("type_filters", Text, nullable=False),
     Column("attribute_filters", Text, nullable=False),
     Column("executor", Text),  # [name, options] as JSON, where it was given by name
+    Column("settings", Text),  # how it goes about what it does, as arguments of process_workflow, JSON
     Column("job_id", Text),
     Column("user_id", Text),
     Column("versions", Text, nullable=False),
@@ -173,12 +179,34 @@ image_statuses = Table(
 )
 
 
-def _note_how_units_start(connection: Connection) -> None:
-    connection.execute(text(f"ALTER TABLE {units.name} ADD COLUMN start VARCHAR(4)"))
+# Which columns came with which version. In rows that are older than they are, they are NULL; so they are
+# for who reads a history that does not have them.
+BROUGHT: dict[int, tuple[Column[Any], ...]] = {2: (units.c.start, runs.c.settings)}
+
+
+def _add_columns_of_2(connection: Connection) -> None:
+    for column in BROUGHT[2]:
+        kind = column.type.compile(dialect=connection.dialect)
+        connection.execute(text(f"ALTER TABLE {column.table.name} ADD COLUMN {column.name} {kind}"))
 
 
 # From each version to the next, in one transaction with the new number.
-MIGRATIONS: dict[int, Callable[[Connection], None]] = {1: _note_how_units_start}
+MIGRATIONS: dict[int, Callable[[Connection], None]] = {1: _add_columns_of_2}
+
+
+def as_of(version: int, columns: Iterable[Column[Any]]) -> list[ColumnElement[Any]]:
+    """What to select for these columns in a history of a version: NULL for those that came later."""
+    later = {
+        (column.table.name, column.name)
+        for brought, names in BROUGHT.items()
+        if brought > version
+        for column in names
+    }
+    # With its type, so that it can be compared and counted as the column itself can.
+    return [
+        cast(null(), column.type).label(column.name) if (column.table.name, column.name) in later else column
+        for column in columns
+    ]
 
 
 def prepare(connection: Connection, where: str) -> None:
@@ -204,19 +232,20 @@ def prepare(connection: Connection, where: str) -> None:
         connection.execute(about.update().values(version=VERSION))
 
 
-def expect_readable(connection: Connection, where: str) -> None:
-    """Whether the tables are there, of today's version, for one who only reads.
+def expect_readable(connection: Connection, where: str) -> int:
+    """The version of the tables, which are there, and which one who only reads can read as they are.
 
     Raises:
         HistoryError: if not, saying what to do.
     """
     if not inspect(connection).has_table(about.name):
         raise HistoryError(f"{where} holds no history: it has no table {about.name!r}.")
-    if (found := _version(connection, where)) < VERSION:
+    if (found := _version(connection, where)) < READABLE_SINCE:
         raise HistoryError(
             f"{where} is a history of version {found}; it becomes one of version {VERSION} when a run "
             "in it is resumed, or begun."
         )
+    return found
 
 
 def _version(connection: Connection, where: str) -> int:

@@ -20,7 +20,8 @@ class History:
         url: an SQLAlchemy URL ("postgresql+psycopg://user@host/name"), or the path of a SQLite file. Its
             tables are made if need be.
         patience_s: seconds for which a database that has gone away in mid-run is waited for.
-        read_only: change nothing; a database that is not there, or without tables, is an error.
+        read_only: change nothing: an older history is read as it is, with NULL for what came later, and
+            a database that is not there, or without tables, is an error.
         options: `at_commit` and `sleep` of the database, for tests.
 
     Raises:

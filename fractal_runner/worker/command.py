@@ -179,6 +179,10 @@ def _run_command(
     except UnitLost as error:
         left = processes.end_found(lambda: processes.bearers(mark), spec.grace_s)
         return _not_started(spec, UNKILLABLE if left else SERVER_LOST, str(error)), None
+    except BaseException:
+        # Ctrl-C in a pool's worker, before its server has said whether it has started.
+        processes.end_found(lambda: processes.bearers(mark), spec.grace_s)
+        raise
     processes.note_command(child.pid)
     try:
         # Most of what is over at once need not be found by anybody; its mark tells it all the same.
@@ -225,8 +229,8 @@ def _start(spec: UnitSpec, command: tuple[str, ...], stop: StopRequest) -> tuple
     environment = _environment(spec)
     words, mark = [*command, *spec.file_options], spec.key.encode()
     why_cold = ""
-    if spec.warm is not None and (cwd := _current_directory()):
-        station = station_for(spec.coordinator, spec.warm)
+    station = None if spec.warm is None else station_for(spec.coordinator, spec.warm)
+    if spec.warm is not None and station is not None and (cwd := _current_directory()):
         unit = Wanted(words, len(command), cwd, environment, mark, spec.log_file, spec.warm)
         child, why_cold = station.start(unit, stop.asked)
         if child is not None:

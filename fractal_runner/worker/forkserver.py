@@ -31,7 +31,8 @@ connections, each learned module is kept once, and refused ones are named at mos
 
 What a unit could still notice: `/proc/self/cmdline` is the server's, one frame lies below its
 `<module>`, strings hash alike in all units of a server, modules were imported with no arguments in
-`sys.argv`, and what imported modules hold is flushed at its end, if it is a file, but not finalized.
+`sys.argv`, what others were seen to import is in `sys.modules`, its parent and its session are the
+server's, and what imported modules hold is flushed at its end, if it is a file, but not finalized.
 """
 
 from __future__ import annotations
@@ -462,6 +463,95 @@ class _Captured:
         os.unlink(self._path)
 
 
+class _Draws:
+    """Which random generators are made without a seed while modules are imported.
+
+    In a cold start each process makes its own; forked, all units would draw the same from them. Those that
+    were given a seed stay as they are. (Those of the modules `random` and `numpy.random` themselves are seen
+    to elsewhere.)
+    """
+
+    def __init__(self) -> None:
+        self._randoms: dict[int, Any] = {}
+        self._entropies: set[int] = set()
+        self._bits: list[Any] = []
+        self._undo: list[Callable[[], object]] = []
+
+    def __enter__(self) -> _Draws:
+        sys.meta_path.insert(0, self)
+        for name in ("random", "numpy.random.bit_generator"):
+            if name in sys.modules:
+                self._listen_to(sys.modules[name])
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.meta_path.remove(self)
+        for undo in self._undo:
+            undo()
+        self._undo.clear()
+        kind = getattr(sys.modules.get("numpy.random"), "BitGenerator", None)
+        if self._entropies and isinstance(kind, type):
+            self._bits += [
+                found
+                for found in gc.get_objects()
+                if isinstance(found, kind)
+                and getattr(getattr(found, "seed_seq", None), "entropy", None) in self._entropies
+            ]
+        self._entropies.clear()
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        """As a finder has it: what the others find, but for these two with an ear on it."""
+        if name not in ("random", "numpy.random.bit_generator"):
+            return None
+        others = [finder for finder in sys.meta_path if finder is not self]
+        specs = (finder.find_spec(name, path, target) for finder in others)
+        spec = next((found for found in specs if found is not None), None)
+        loader: Any = getattr(spec, "loader", None)
+        if hasattr(loader, "exec_module") and hasattr(loader, "__dict__"):
+
+            def exec_module(module: Any) -> None:
+                del loader.exec_module
+                loader.exec_module(module)
+                self._listen_to(module)
+
+            loader.exec_module = exec_module
+        return spec
+
+    def renew(self) -> None:
+        """Give them what a process of its own would have had."""
+        for random in self._randoms.values():
+            random.seed()
+        for bits in self._bits:
+            bits.state = type(bits)().state
+
+    def _listen_to(self, module: Any) -> None:
+        kind, draw = getattr(module, "Random", None), getattr(module, "randbits", None)
+        if isinstance(kind, type) and {"seed", "setstate"} <= vars(kind).keys():
+            seed, setstate = kind.seed, kind.setstate  # type: ignore[attr-defined]
+
+            def heard_seed(random: Any, a: Any = None, *more: Any, **named: Any) -> Any:
+                self._randoms.pop(id(random), None)
+                if a is None:
+                    self._randoms[id(random)] = random
+                return seed(random, a, *more, **named)
+
+            def heard_setstate(random: Any, state: Any) -> Any:
+                self._randoms.pop(id(random), None)
+                return setstate(random, state)
+
+            kind.seed, kind.setstate = heard_seed, heard_setstate  # type: ignore[attr-defined]
+            self._undo += [lambda: setattr(kind, "seed", seed), lambda: setattr(kind, "setstate", setstate)]
+        elif callable(draw):
+
+            def heard_draw(count: int) -> int:
+                drawn: int = draw(count)
+                self._entropies.add(drawn)
+                return drawn
+
+            module.randbits = heard_draw
+            self._undo.append(lambda: setattr(module, "randbits", draw))
+
+
 def _out_of_the_way(fd: int) -> int:
     """The same file under a number that leaves the lowest ones to what imports open, as they would get."""
     for high in range(min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 1024) - 1, fd, -1):
@@ -511,6 +601,7 @@ def _must_be_cold(childless: bool = True, own: Iterable[int] = ()) -> str | None
         childless: whether this process should have no children.
         own: descriptors that are the server's.
     """
+    time.sleep(_QUICK_LOOK_S)  # a thread that was started a moment ago is not counted before it runs
     if _thread._count() or len(sys._current_frames()) > 1:
         threading = sys.modules.get("threading")
         names = [t.name for t in threading.enumerate()[1:]] if threading else []
@@ -574,11 +665,13 @@ class _Connection:
             return None
         return bytes(self.data[start : start + length]).split(b"\0")
 
-    def say(self, text: str) -> None:
+    def say(self, text: str) -> bool:
+        """Whether it is still there to be told; if not, its unit is looked after by others."""
         try:
             os.write(self.fd, text.replace("\n", " ").encode(errors="replace") + b"\n")
         except OSError:
-            return  # it has gone: its unit is looked after by others
+            return False
+        return True
 
 
 class _Unit:
@@ -680,8 +773,9 @@ class _Unit:
             self.frozen_files = []
             return
         try:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            for file in (getattr(sys, "stdout", None), getattr(sys, "stderr", None)):
+                if file is not None:
+                    file.flush()
         except Exception:
             return  # the interpreter has words and an exit code for it
         try:
@@ -708,6 +802,32 @@ class _Unit:
             if isinstance(path, str) and path.endswith(".so") and "lib-dynload" not in path:
                 return None
         return os._exit  # nothing but the interpreter's own is loaded
+
+
+def _pass_over_a_flush() -> None:
+    """Leave buffers at the end of a module, which is run as part of a script here, as they are otherwise.
+
+    At the end of a script the interpreter empties that of stderr first, then that of stdout; those of a
+    module only when all else is done, and in the other order.
+    """
+    files: list[Any] = [getattr(sys, name, None) for name in ("stdout", "stderr")]
+    main = _thread.get_ident()
+
+    def passing_over(file: Any, times: int) -> Callable[[], object]:
+        def flush() -> object:
+            nonlocal times
+            if _thread.get_ident() != main:
+                return type(file).flush(file)
+            times -= 1
+            if times == 0:
+                del file.flush
+            return None
+
+        return flush
+
+    for file in files:
+        if "flush" not in getattr(file, "__dict__", ("flush",)):  # a task may put anything there
+            file.flush = passing_over(file, sum(other is file for other in files))
 
 
 def _exit_code(error: SystemExit) -> int:
@@ -755,6 +875,7 @@ class _Server:
         self.program = _Program(options["kind"], options["name"])
         self.orig_argv = _interpreter_words(options)
         self.refused: set[str] = set()
+        self.draws = _Draws()
         self.frozen_files: list[Any] = []
         self.socket = f"{self.directory}/socket"
         self._learned: list[str] = []
@@ -777,9 +898,9 @@ class _Server:
             raise _Cold(f"Processes are forked on Linux only, not on {sys.platform}.")
         # A hanging import, with or without an owner to see it, ends with this process.
         _signal.setitimer(_signal.ITIMER_REAL, self.import_timeout_s)
-        self.program.load(f"{self.directory}/printed")
+        with self.draws:
+            self.program.load(f"{self.directory}/printed")
         _signal.setitimer(_signal.ITIMER_REAL, 0)
-        time.sleep(_QUICK_LOOK_S)  # a thread that was started a moment ago is not counted before it runs
         if why := _must_be_cold():
             raise _Cold(why)
         self._settle()
@@ -791,6 +912,7 @@ class _Server:
         gc.freeze()
 
     def listen(self) -> None:
+        self.pid = os.getpid()
         self._listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
         self._listener.bind(self.socket)
         self._listener.listen(128)
@@ -914,6 +1036,11 @@ class _Server:
             connection.say(refusal)
             os.close(connection.fd)
             return None
+        poll = select.poll()
+        poll.register(connection.fd, 0)
+        if poll.poll(0):  # POLLHUP: who asked has gone, and may have had it started elsewhere
+            os.close(connection.fd)
+            return None
         log_fd = -1
         try:
             # As spawn.py opens it.
@@ -934,7 +1061,8 @@ class _Server:
                 os._exit(1)
         os.close(log_fd)
         _set_group(pid)
-        connection.say(f"pid {pid}")
+        if not connection.say(f"pid {pid}"):
+            os.killpg(pid, _signal.SIGKILL)  # who asked for it has gone, and nobody knows of it
         self._forked += 1
         self._watch(_Running(pid, connection))
         return None
@@ -985,6 +1113,8 @@ class _Server:
             elif os.environb.get(name) != value:
                 os.environb[name] = value
                 _show_in_proc(name, value)
+        if os.getppid() != self.pid:
+            os._exit(1)  # the server was killed before anybody could have found this unit by its mark
         sys.argv = [*(["-m"] if self.program.kind == "module" else [self.program.name]), *arguments]
         if hasattr(sys, "orig_argv"):
             sys.orig_argv = [*self.orig_argv, *arguments]
@@ -994,6 +1124,7 @@ class _Server:
             elif hasattr(finder, "invalidate_caches"):
                 finder.invalidate_caches()
         _renew()
+        self.draws.renew()
         printed = self.program.printed
         while printed:
             printed = printed[os.write(1, printed) :]
@@ -1125,14 +1256,18 @@ class _Server:
             self._refuse(guilty)
             _log(f"{guilty} is left to the units: imported beforehand, it fails, prints, or starts threads.")
             return
+        # It went well in the trial; if it hangs now, the server ends as one that has crashed.
+        _signal.setitimer(_signal.ITIMER_REAL, self.import_timeout_s)
         for name in self._wanted:
             try:
-                __import__(name)
+                with self.draws:
+                    __import__(name)
             except BaseException as error:
                 _log(f"{name} cannot be imported after all: {error!r}")
                 self._refuse(name)
             else:
                 self._learned.append(name)
+        _signal.setitimer(_signal.ITIMER_REAL, 0)
         self._wanted.clear()
         if why := _must_be_cold(childless=False, own=self._descriptors()):
             self._retire(why)
@@ -1142,6 +1277,8 @@ class _Server:
     def leave(self, why: str) -> None:
         """End the server, but not what runs. No exit handler of the task's is the server's to call."""
         _log(f"The server ends: {why.rstrip('.')}.")
+        if self._trial is not None:
+            os.kill(self._trial.pid, _signal.SIGKILL)  # it is not reaped yet, and no other's
         for name in ("socket", "trying", "printed", "trial-printed"):
             try:
                 os.unlink(f"{self.directory}/{name}")
@@ -1215,13 +1352,34 @@ def _interpreter_words(options: dict[str, str]) -> list[str]:
     return [*before, *(["-m"] if options["kind"] == "module" else []), options["name"]]
 
 
-def _set_apart() -> int:
-    """Go on in a child; the pid of this process, which ends as the child does, or when it is killed by it."""
+def _set_apart(told: int) -> int:
+    """Go on in a child; the pid of this process, which ends as the child does, or when it is killed by it.
+
+    Args:
+        told: the status pipe. Once nobody is at its other end, the child is ended: what it imports is for
+            nobody.
+    """
     parent = os.getpid()
     pid = os.fork()
     if pid == 0:
         return parent
-    status = os.waitpid(pid, 0)[1]
+    poll = select.poll()
+    poll.register(told, 0)  # POLLERR comes unasked
+    pause = _QUICK_LOOK_S * 1000
+    if hasattr(os, "pidfd_open"):
+        try:
+            poll.register(os.pidfd_open(pid), select.POLLIN)
+            pause = _SLOW_LOOK_S * 1000
+        except OSError:
+            pass  # an old kernel: it is looked at now and then
+    ended = status = 0
+    while not ended:
+        found = dict(poll.poll(pause))
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if not ended and told in found:
+            os.kill(pid, _signal.SIGKILL)
+            os.waitpid(pid, 0)
+            os._exit(1)
     if os.WIFSIGNALED(status):
         _signal.signal(os.WTERMSIG(status), _signal.SIG_DFL)
         os.kill(parent, os.WTERMSIG(status))
@@ -1232,7 +1390,7 @@ def _main() -> _Unit:
     """Prepare and serve; returns in the process of a unit."""
     split = sys.argv.index("--")
     options = dict(word[2:].split("=", 1) for word in sys.argv[1:split])
-    parent = _set_apart()
+    parent = _set_apart(int(options["status"]))
     status = _out_of_the_way(int(options["status"]))
     # As spawn.py starts a command: these at the system's defaults, none blocked.
     for number in (_signal.SIGTERM, _signal.SIGHUP, _signal.SIGALRM):
@@ -1266,3 +1424,5 @@ if __name__ == "__main__":
     finally:
         _unit.call = None
         _unit.report()
+        if _unit.is_module:
+            _pass_over_a_flush()

@@ -251,7 +251,8 @@ def end_group(leader: Leader, mark: bytes, grace_s: float) -> None:
     """
     group = leader.pid
     if grace_s > 0:
-        strays = bearers(mark)
+        members = group_members(group)  # they get it as a group, and once: a handler may run for each
+        strays = [pid for pid in bearers(mark) if pid not in members]
         _signal_group(group, signal.SIGTERM)
         _signal_each(strays, signal.SIGTERM)
         deadline = time.monotonic() + grace_s

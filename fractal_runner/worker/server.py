@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
 import select
 import shutil
 import signal
@@ -15,16 +17,18 @@ import time
 from collections.abc import Mapping, Sequence
 
 from fractal_runner.worker import processes, warm
+from fractal_runner.worker.spec import PATH_BYTES
 from fractal_runner.worker.targets import Target
 
-VARYING = ("FRACTAL_RUNNER_UNIT",)
+VARYING = (processes.MARK_VARIABLE,)
 MARK_ROOM = 256  # characters of a varying variable that /proc/PID/environ can show
 
 _FORKSERVER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "forkserver.py")
 # They make an interpreter say or do more at its start or end than a fork repeats.
 _TELLING = (b"PYTHONINSPECT", b"PYTHONPROFILEIMPORTTIME", b"PYTHONVERBOSE", b"PYTHONDUMPREFS")
+# By a named pipe (make 4.4 and newer) anybody can have it.
+_JOBSERVER = re.compile(rb"--jobserver-(auth|fds)=\d+,\d+")
 _TURN_S = 0.05
-_PATH_BYTES = 107  # unix(7)
 
 
 class Server:
@@ -95,11 +99,13 @@ class Server:
             raise warm.ColdStart(f"Processes are forked on Linux only, not on {sys.platform}.")
         if found := [name for name in _TELLING if environment.get(name)]:
             raise warm.ColdStart(f"{os.fsdecode(found[0])} is set.")
+        if _JOBSERVER.search(environment.get(b"MAKEFLAGS", b"")):
+            raise warm.ColdStart("MAKEFLAGS names descriptors of a jobserver, which its units must inherit.")
         owner = os.getpid() if owner is None else owner
         own = tempfile.mkdtemp(prefix="warm-", dir=directory)
         read, write = os.pipe()
         try:
-            if len(os.fsencode(f"{own}/socket")) > _PATH_BYTES:
+            if len(os.fsencode(f"{own}/socket")) > PATH_BYTES:
                 raise warm.ColdStart(f"The path of {directory} is too long for a socket.")
             options = {
                 "directory": own,
@@ -120,6 +126,9 @@ class Server:
             with open(log, "ab") as output:
                 process = subprocess.Popen(
                     command,
+                    executable=_found(
+                        target.python, os.fsdecode(environment.get(b"PATH", b"")) if target.by_env else None
+                    ),
                     env={**environment, **room},
                     cwd=cwd,
                     stdin=subprocess.DEVNULL,
@@ -198,6 +207,21 @@ class Server:
                 return None
         return self._heard.partition(b"\n")[0].decode(errors="replace")
 
+    def _read_rest(self) -> str:
+        """What it has said, once it cannot say any more but within a moment."""
+        poll = select.poll()
+        if self._status >= 0:
+            poll.register(self._status, select.POLLIN)
+        deadline = time.monotonic() + _TURN_S
+        while self._status >= 0 and b"\n" not in self._heard:
+            if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                break
+            part = os.read(self._status, 65536)
+            if not part:
+                break
+            self._heard += part
+        return self._heard.partition(b"\n")[0].decode(errors="replace")
+
     def _too_long(self) -> str:
         return f"Its imports take longer than {self._timeout_s:g} s."
 
@@ -224,6 +248,10 @@ class Server:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)  # both of them; there is no unit yet
             self._process.wait()
+            kind, _, pid = self._read_rest().partition(" ")
+            if kind == "ready":  # it had left the group just before
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(int(pid), signal.SIGKILL)
         else:
             processes.end_found(lambda: [self.pid] if self.runs() else [], grace_s)
         self._close_status()
@@ -234,3 +262,15 @@ class Server:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+
+def _found(program: str, path: str | None) -> str:
+    """Where a program is, in `path`, or in the PATH of this process.
+
+    Raises:
+        FileNotFoundError: if it is nowhere.
+    """
+    found = shutil.which(program, path=path)
+    if found is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), program)
+    return found

@@ -23,6 +23,8 @@ UNKILLABLE = "UNKILLABLE"  # it outlived SIGKILL: a hanging file system, mostly
 SERVER_LOST = "SERVER_LOST"  # the fork server that had started it ended first
 
 # How a unit's command was started.
+WARM_MODES = ("auto", "always", "never")
+PATH_BYTES = 107  # of a socket (unix(7))
 WARM = "warm"  # forked from a process that had its imports already
 COLD = "cold"  # by an interpreter of its own, or whatever its command is
 
@@ -51,6 +53,7 @@ class WarmStart(_Travelling):
         ticks: when the coordinator's process started, in clock ticks since boot; 0 if that is not known.
         timeout_s: seconds that the imports of a server may take.
         most: how many servers one owner may have on a host.
+        even_single: whether a single unit is started so as well, which shares its imports with nobody.
         log: what the files are called in which servers say what happens to them, but for the host and the
             pid of who starts one.
     """
@@ -59,6 +62,7 @@ class WarmStart(_Travelling):
     ticks: int
     timeout_s: float
     most: int
+    even_single: bool
     log: str
 
 

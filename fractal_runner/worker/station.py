@@ -5,37 +5,32 @@ executor: the coordinator of a run, or a job. A worker that has a unit to start 
 its command and environment, and starts it if there is none. Servers watch their owner and end with it, so
 none outlives a `kill -9`; the owner ends them when their task has ended.
 
-What a station holds: `lock`, held while a server is started; per server NAME.json, which says where it is or
-why there is none; and the directory of each server that runs. One that has ended by itself has removed its
-directory: a directory without a server tells of one that has crashed.
-
 Nothing is loaded here for units that start cold.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
-import json
+import functools
 import os
-import re
-import stat
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from fractal_runner.worker import processes
 from fractal_runner.worker.spawn import Environment
-from fractal_runner.worker.spec import WarmStart
+from fractal_runner.worker.spec import PATH_BYTES, WarmStart
 
 if TYPE_CHECKING:
+    from fractal_runner.worker.links import Link, Links
     from fractal_runner.worker.server import Server
     from fractal_runner.worker.targets import Target
     from fractal_runner.worker.warm import WarmChild
 
 IDLE_S = 300.0
+_IDLE_ELSEWHERE_S = 30.0  # where nobody ends them when their task has ended
 
 _MOST_CRASHES = 2  # with the third one its units start cold: something kills it, or it kills itself
 _MOST_TRIES = 4  # servers that one unit asks: each may just have ended
@@ -43,11 +38,12 @@ _IDLE_FOR_S = 1.0  # a server that has had no unit for so long may make room for
 _LOCK_MARGIN_S = 15.0  # beyond the time of the imports that the holder of the lock waits for
 _TURN_S = 0.2
 _END_S = 2.0
-_LONGEST_BASE = 50  # characters: the path of a socket ends at 107 (unix(7))
-_NAME = re.compile(r"fractal-runner-(\d+)-(\d+)-(\d+)-\d+")
+_MOST_CHANGES = 3  # a task that writes what it imports would have its imports paid for each unit
+_CHANGED = " has changed."  # what a server says then
+_SOCKET = "/warm-12345678/socket"  # below a station
 
-_of_this_job: list[Station] = []  # one, where this process is of a job; made before any worker is there
-_links: dict[tuple[str, str], _Link] = {}  # what this process knows, by station and name; in single steps
+_of_this_job: list[_Job] = []  # one, where this process is of a job; made before any worker is there
+_known: dict[tuple[str, str], Link] = {}  # what this process knows, by station and name; in single steps
 
 
 class GivenUp(Exception):
@@ -56,31 +52,6 @@ class GivenUp(Exception):
 
 class UnitLost(Exception):
     """The fork server ended while it was starting the unit: whether it has started is not known."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Link:
-    """What there is for one command in one environment.
-
-    Attributes:
-        socket: the server's; "" for none.
-        pid, ticks: which process it is.
-        crashes: how many have crashed before it.
-        cold: why it must be started cold; "" if it need not.
-    """
-
-    socket: str = ""
-    pid: int = 0
-    ticks: int | None = None
-    crashes: int = 0
-    cold: str = ""
-
-    def lives(self) -> bool:
-        return (
-            bool(self.socket)
-            and processes.is_running(self.pid)
-            and (self.ticks is None or processes.start_ticks(self.pid) == self.ticks)
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,11 +85,26 @@ class _Kind:
         name: by what it is found in a station.
         target: what it serves.
         gone: the socket of one that has ended; "" for none.
+        has_changed: whether it has because one of its files had changed.
     """
 
     name: str
     target: Target
     gone: str
+    has_changed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A job of a cluster.
+
+    Attributes:
+        station: its own.
+        is_single: whether it has one call only.
+    """
+
+    station: Station
+    is_single: bool
 
 
 class Station:
@@ -128,26 +114,31 @@ class Station:
         directory: where they are.
         owner: the process that they end with.
         ticks: when it started, which tells it from a later one of its pid; 0 where that cannot be known.
+        idle_s: seconds without a unit after which a server ends; IDLE_S, if None.
     """
 
-    def __init__(self, directory: str, owner: int, ticks: int) -> None:
+    def __init__(self, directory: str, owner: int, ticks: int, idle_s: float | None = None) -> None:
         self.directory = directory
         self.ticks = ticks
         self._owner = owner
+        self._idle_s = IDLE_S if idle_s is None else idle_s
 
     @classmethod
-    def of(cls, owner: int, number: int = 0) -> Station:
+    def of(cls, owner: int, number: int = 0, *, idle_s: float | None = None) -> Station:
         """A station of a process of this host; its directory need not be there yet.
 
         Args:
             owner: the process.
             number: which of its stations: the runs that it coordinates have one each, as each ends its own.
+            idle_s: as for the class.
         """
         ticks = processes.start_ticks(owner) or 0
+        name = f"fractal-runner-{os.getuid()}-{_world()}-{owner}-{ticks}-{number}"
         base = os.environ.get("TMPDIR", "").rstrip("/")
-        if not base.startswith("/") or len(os.fsencode(base)) > _LONGEST_BASE:
+        is_short = len(os.fsencode(f"{base}/{name}{_SOCKET}")) <= PATH_BYTES
+        if not (base.startswith("/") and is_short and os.access(base, os.W_OK)):
             base = "/tmp"
-        return cls(f"{base}/fractal-runner-{os.getuid()}-{owner}-{ticks}-{number}", owner, ticks)
+        return cls(f"{base}/{name}", owner, ticks, idle_s)
 
     def start(self, unit: Wanted, give_up: Callable[[], bool]) -> tuple[WarmChild | None, str]:
         """Start a unit warm, if that can be.
@@ -173,22 +164,30 @@ class Station:
         gone = ""
         why = "Its fork servers end as soon as they have started."
         for _ in range(_MOST_TRIES):
-            link = _links.get((self.directory, name))
+            link = _known.get((self.directory, name))
             if link is None or (link.socket and link.socket == gone):
                 try:
-                    link = self._find_or_start(_Kind(name, target, gone), unit, give_up)
+                    link = self._find_or_start(
+                        _Kind(name, target, gone, why.endswith(_CHANGED)), unit, give_up
+                    )
+                except warm.NobodyWaits:
+                    raise GivenUp from None
                 except warm.ColdStart as error:
                     return None, str(error)
                 except OSError as error:  # a full disk, too many open files: the next unit tries again
                     return None, f"Its fork server cannot be had: {error}."
-                _links[self.directory, name] = link
+                _known[self.directory, name] = link
             if link.cold:
                 return None, link.cold
             environment = {**unit.environment.variables, unit.environment.varying: unit.value}
             try:
-                return warm.run(link.socket, unit.words, environment, unit.cwd, unit.log_file), ""
+                return warm.run(
+                    link.socket, unit.words, environment, unit.cwd, unit.log_file, give_up=give_up
+                ), ""
+            except warm.NobodyWaits:
+                raise GivenUp from None
             except warm.ServerLost as error:
-                _links.pop((self.directory, name), None)
+                _known.pop((self.directory, name), None)
                 raise UnitLost(str(error)) from None
             except warm.ColdStart as error:
                 if not error.gone:
@@ -199,28 +198,41 @@ class Station:
     def end_servers(self) -> None:
         """End all servers, whose units have ended. The station stays, and starts others if need be."""
         from fractal_runner.worker import warm  # only those who need it pay for it
+        from fractal_runner.worker.links import remove
 
-        links = list(self._all())
-        for _, link in links:
+        links = self._links()
+        if not links.is_ours():
+            return  # what others may write there names processes that are none of its servers
+        found = list(links.all())
+        for _, link in found:
             with contextlib.suppress(warm.ColdStart):  # it has ended by itself, or does not listen
                 if link.lives():
                     warm.ask(link.socket, "end", _END_S)
         deadline = time.monotonic() + _END_S
-        while any(link.lives() for _, link in links) and time.monotonic() < deadline:
+        while any(link.lives() for _, link in found) and time.monotonic() < deadline:
             time.sleep(0.005)  # they are not all our children: nobody tells us when they end
-        for name, link in links:
+        for name, link in found:
             if link.lives():
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(link.pid, 9)
-            _links.pop((self.directory, name), None)
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._file(name))
+                    os.killpg(link.pid, 9)  # units lead groups of their own
+                remove(os.path.dirname(link.socket))
+            _known.pop((self.directory, name), None)
+            links.forget(name)
 
     def remove(self) -> None:
         """End all servers, and remove the station."""
-        if os.path.isdir(self.directory):
+        if not os.path.lexists(self.directory):
+            return  # as with most: no unit has been started warm
+        from fractal_runner.worker.links import remove
+
+        if self._links().is_ours():
             self.end_servers()
-            _remove(self.directory)
+            remove(self.directory)
+
+    def _links(self) -> Links:
+        from fractal_runner.worker.links import Links  # only those who need it pay for it
+
+        return Links(self.directory)
 
     def _named(self, unit: Wanted) -> tuple[str, Target | None]:
         """What the server of such units is called here, and what it serves."""
@@ -229,33 +241,57 @@ class Station:
         if (words, unit.cwd) not in known:
             from fractal_runner.worker.targets import recognise
 
-            target = recognise(words, os.fsdecode(unit.environment.variables.get(b"PATH", b"")) or None)
-            known[words, unit.cwd] = (_name_of(words, unit.cwd, unit.environment), target)
+            # Looked up as posix_spawnp(3) does it: in the PATH of this process, whatever the unit's is.
+            target = recognise(words)
+            known[words, unit.cwd] = (_name_of(words, unit), target)
         found: tuple[str, Target | None] = known[words, unit.cwd]
         return found
 
-    def _find_or_start(self, kind: _Kind, unit: Wanted, give_up: Callable[[], bool]) -> _Link:
+    def _find_or_start(self, kind: _Kind, unit: Wanted, give_up: Callable[[], bool]) -> Link:
         """The server of this kind that there is, or a new one."""
-        self._make_directory()
-        link = self._read(kind.name)
-        if link is not None and link.socket != kind.gone:
+        from fractal_runner.worker.links import Link
+
+        links = self._links()
+        links.make()
+        link = links.read(kind.name)
+        if link is not None and link.is_news(kind.gone):
             return link
-        with self._lock(unit.terms.timeout_s + _LOCK_MARGIN_S, give_up):
-            link = self._read(kind.name)
-            if link is not None and link.socket != kind.gone:
+        with links.lock(unit.terms.timeout_s + _LOCK_MARGIN_S, give_up):
+            link = links.read(kind.name)
+            if link is not None and link.is_news(kind.gone):
                 return link  # somebody else was faster
-            crashes = 0 if link is None else link.crashes + self._has_crashed(link)
-            if crashes > _MOST_CRASHES:
-                cold = _Link(cold=f"Its fork server has crashed {crashes} times.")
-                self._write(kind.name, cold)
+            before = Link() if link is None else link
+            before = replace(before, crashes=before.crashes + self._has_crashed(before))
+            if kind.has_changed:
+                before = replace(before, changes=before.changes + 1)
+            cold = None
+            if before.crashes > _MOST_CRASHES:
+                cold = Link(cold=f"Its fork server has crashed {before.crashes} times.")
+            elif before.changes > _MOST_CHANGES:
+                cold = Link(cold=f"Its files keep changing ({before.changes} times).")
+            elif link is not None and link.lives() and os.path.exists(link.socket):
+                # Kept in mind with who it is: it is to end with the others.
+                cold = replace(link, cold="Its fork server does not answer.")
+            if cold is not None:
+                links.write(kind.name, cold)
                 return cold
             self._make_room(unit.terms.most)
-            return self._start_server(kind, unit, crashes, give_up)
+            return self._start_server(kind, unit, before, give_up)
 
-    def _start_server(self, kind: _Kind, unit: Wanted, crashes: int, give_up: Callable[[], bool]) -> _Link:
-        """Start a server, and write down where it is, or why there is none."""
+    def _start_server(self, kind: _Kind, unit: Wanted, before: Link, give_up: Callable[[], bool]) -> Link:
+        """Start a server, and write down where it is, or why there is none.
+
+        Args:
+            kind: of the units.
+            unit: the first one.
+            before: what there was.
+            give_up: asked while it imports.
+        """
+        from fractal_runner.worker.links import Link
         from fractal_runner.worker.server import Server  # only the one who starts it pays for it
         from fractal_runner.worker.warm import ColdStart
+
+        links = self._links()
 
         environment = {**unit.environment.variables, unit.environment.varying: unit.value}
         log = f"{unit.terms.log}-{processes.host_name()}-{os.getpid()}.log"
@@ -271,32 +307,36 @@ class Station:
                 owner=self._owner,
                 varying=(os.fsdecode(unit.environment.varying),),
                 import_timeout_s=unit.terms.timeout_s,
-                idle_s=IDLE_S,
+                idle_s=self._idle_s,
             )
         except ColdStart as error:
-            link = _Link(cold=str(error))
-            self._write(kind.name, link)
+            link = Link(cold=str(error))
+            links.write(kind.name, link)
             return link
         try:
-            why = _wait_ready(server, give_up)
-            link = _Link(server.socket, server.pid, server.ticks, crashes) if why is None else _Link(cold=why)
-            self._write(kind.name, link)
+            why = _ready(server, give_up)
+            link = Link(cold=why or "")
+            if why is None:
+                link = replace(before, socket=server.socket, pid=server.pid, ticks=server.ticks)
+            links.write(kind.name, link)
         except BaseException:  # whatever it is, no server is left that nobody knows of
             server.stop(0)
             raise
         return link
 
-    def _has_crashed(self, link: _Link) -> bool:
+    def _has_crashed(self, link: Link) -> bool:
         """Whether the server has ended otherwise than of its own accord; what it has left is removed."""
+        from fractal_runner.worker.links import remove
+
         directory = os.path.dirname(link.socket)
         deadline = time.monotonic() + _END_S
-        while link.lives() and not os.path.exists(link.socket) and os.path.exists(directory):
+        while link.lives() and os.path.exists(link.socket):
             if time.monotonic() > deadline:
-                return False  # it waits for its last units
+                return False  # it does not answer
             time.sleep(0.01)  # it is just ending, and not our child
         if link.lives() or not os.path.exists(directory):
             return False
-        _remove(directory)
+        remove(directory)
         return True
 
     def _make_room(self, most: int) -> None:
@@ -307,7 +347,7 @@ class Station:
         """
         from fractal_runner.worker import warm
 
-        living = [link for _, link in self._all() if link.lives()]
+        living = [link for _, link in self._links().all() if link.lives()]
         if len(living) < most:
             return
         idle: list[tuple[float, str]] = []
@@ -321,141 +361,70 @@ class Station:
             with contextlib.suppress(warm.ColdStart):
                 warm.ask(socket, "retire", _END_S)
 
-    def _make_directory(self) -> None:
-        """Make the station's directory, or see that it is ours alone.
 
-        Raises:
-            ColdStart: if it cannot be, or is another's.
-        """
-        from fractal_runner.worker.warm import ColdStart
-
-        try:
-            try:
-                os.mkdir(self.directory, 0o700)
-                _sweep(self.directory)
-            except FileExistsError:
-                found = os.lstat(self.directory)
-                ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
-                if not ours or stat.S_IMODE(found.st_mode) & 0o077:
-                    raise ColdStart(f"{self.directory} is open to others, or theirs.") from None
-        except OSError as error:
-            raise ColdStart(f"{self.directory} cannot be made: {error.strerror}.") from None
-
-    @contextlib.contextmanager
-    def _lock(self, patience_s: float, give_up: Callable[[], bool]) -> Iterator[None]:
-        """Hold the station's lock. It is the kernel's, and goes with the process that holds it.
-
-        Raises:
-            ColdStart: if it is not to be had.
-            GivenUp: if the unit was told to stop meanwhile.
-        """
-        from fractal_runner.worker.warm import ColdStart
-
-        try:
-            fd = os.open(f"{self.directory}/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise ColdStart(f"{self.directory}/lock cannot be opened: {error.strerror}.") from None
-        try:
-            deadline = time.monotonic() + patience_s
-            while True:
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except OSError as error:
-                    if error.errno != errno.EWOULDBLOCK or time.monotonic() > deadline:
-                        raise ColdStart(f"{self.directory} stays locked: {error.strerror}.") from None
-                if give_up():
-                    raise GivenUp
-                time.sleep(0.01)  # a wait in the kernel could not be given up
-            yield
-        finally:
-            os.close(fd)
-
-    def _file(self, name: str) -> str:
-        return f"{self.directory}/{name}.json"
-
-    def _read(self, name: str) -> _Link | None:
-        try:
-            with open(self._file(name), encoding="utf-8") as file:
-                return _Link(**json.load(file))
-        except FileNotFoundError:
-            return None
-
-    def _write(self, name: str, link: _Link) -> None:
-        unfinished = f"{self.directory}/{name}.{os.getpid()}.tmp"
-        with open(unfinished, "w", encoding="utf-8") as file:
-            json.dump({field: getattr(link, field) for field in link.__slots__}, file)
-        os.replace(unfinished, self._file(name))
-
-    def _all(self) -> Iterator[tuple[str, _Link]]:
-        with contextlib.suppress(FileNotFoundError):
-            for entry in os.listdir(self.directory):
-                name, dot, rest = entry.partition(".")
-                if dot and rest == "json" and (link := self._read(name)) is not None:
-                    yield name, link
-
-
-def station_for(coordinator: tuple[str, int], terms: WarmStart) -> Station:
+def station_for(coordinator: tuple[str, int], terms: WarmStart) -> Station | None:
     """Where a unit of this process finds its server: its job's station, the coordinator's, or its own.
+
+    None if it has nobody to share one with.
 
     Args:
         coordinator: host and pid of the run's.
         terms: of the unit's warm start.
     """
-    if _of_this_job:
-        return _of_this_job[0]
     host, pid = coordinator
-    if host == processes.host_name() and (processes.start_ticks(pid) or 0) == terms.ticks:
+    is_here = host == processes.host_name() and (processes.start_ticks(pid) or 0) == terms.ticks
+    for job in _of_this_job:
+        if not is_here or terms.ticks < job.station.ticks:  # else it is a run within a call of this job
+            return None if job.is_single and not terms.even_single else job.station
+    if is_here:
         return Station(terms.station, pid, terms.ticks)
-    return Station.of(os.getpid())
+    return Station.of(os.getpid(), idle_s=_IDLE_ELSEWHERE_S)
 
 
-def serve_this_job() -> None:
-    """Have this process, and those that it forks, use servers that end with it."""
-    _of_this_job[:] = [Station.of(os.getpid())]
+def serve_this_job(calls: int) -> None:
+    """Have this process, and those that it forks, use servers that end with it.
+
+    Args:
+        calls: how many it has to do.
+    """
+    _of_this_job[:] = [_Job(Station.of(os.getpid()), is_single=calls < 2)]
 
 
 def leave_this_job() -> None:
     """End the servers of this process's calls, which have ended."""
-    for station in _of_this_job:
-        station.remove()
+    for job in _of_this_job:
+        job.station.remove()
 
 
-def _wait_ready(server: Server, give_up: Callable[[], bool]) -> str | None:
+@functools.cache
+def _world() -> str:
+    """Where pids mean the same as here: on this host, since this boot, in this container."""
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:  # not Linux
+        namespace = ""
+    return f"{zlib.crc32(f'{processes.host_name()} {processes.boot_id()} {namespace}'.encode()):08x}"
+
+
+def _ready(server: Server, give_up: Callable[[], bool]) -> str | None:
     """Why it will not be ready; None once it is.
 
     Raises:
-        GivenUp: if nobody waits for it any more.
+        NobodyWaits: if the unit was told to stop meanwhile.
     """
+    from fractal_runner.worker.warm import NobodyWaits
+
     while True:
         with contextlib.suppress(TimeoutError):
             return server.wait_ready(_TURN_S)
         if give_up():
-            raise GivenUp
+            raise NobodyWaits
 
 
-def _sweep(directory: str) -> None:
-    """Remove what stations of processes that were killed have left beside this one."""
-    parent = os.path.dirname(directory)
-    with contextlib.suppress(OSError):  # others may do so at the same time
-        for entry in os.listdir(parent):
-            found = _NAME.fullmatch(entry)
-            if found is None or int(found[1]) != os.getuid():
-                continue
-            path = f"{parent}/{entry}"
-            if processes.start_ticks(int(found[2])) != int(found[3]) and os.lstat(path).st_uid == os.getuid():
-                _remove(path)
-
-
-def _name_of(words: Sequence[str], cwd: str, environment: Environment) -> str:
+def _name_of(words: Sequence[str], unit: Wanted) -> str:
     import hashlib
 
-    parts = [*map(os.fsencode, words), b"", os.fsencode(cwd), b""]
-    parts += [b"%s=%s" % pair for pair in sorted(environment.variables.items())]
+    # The run's as well: what was found out of a task in one run may not be so in the next.
+    parts = [*map(os.fsencode, words), b"", os.fsencode(unit.cwd), b"", unit.terms.station.encode()]
+    parts += [b"%s=%s" % pair for pair in sorted(unit.environment.variables.items())]
     return hashlib.blake2b(b"\0".join(parts), digest_size=8).hexdigest()
-
-
-def _remove(directory: str) -> None:
-    import shutil
-
-    shutil.rmtree(directory, ignore_errors=True)

@@ -36,6 +36,8 @@ class Target:
         kind: what comes after them.
         name: the script's path, as the interpreter gets it, or the module's name.
         words: how many words of the command stand for all this; the rest are arguments.
+        by_env: whether env(1) looks for the interpreter, in the PATH of the unit; else that of whoever starts
+            it counts, as posix_spawnp(3) has it.
     """
 
     python: str
@@ -43,6 +45,7 @@ class Target:
     kind: Literal["script", "module"]
     name: str
     words: int = field(compare=False)
+    by_env: bool = field(default=False, compare=False)
 
 
 def recognise(words: Sequence[str], path: str | None = None) -> Target | None:
@@ -56,7 +59,7 @@ def recognise(words: Sequence[str], path: str | None = None) -> Target | None:
     Returns:
         None for all else, and for what cannot be run by a fork: `-c`, `-i`, archives, options not known.
     """
-    if not words:
+    if not words or "\0" in "".join(words):
         return None
     if _PYTHON.fullmatch(os.path.basename(words[0])):
         return _interpreted(words[0], words[1:], 1)
@@ -67,7 +70,8 @@ def recognise(words: Sequence[str], path: str | None = None) -> Target | None:
     target = _interpreted(interpreter[0], [*interpreter[1:], script], 0)
     if target is None or target.kind != "script" or target.name != script:
         return None
-    return Target(target.python, target.options, "script", script, 1)
+    by_env = "/" not in interpreter[0]
+    return Target(target.python, target.options, "script", script, 1, by_env)
 
 
 def _interpreted(python: str, words: Sequence[str], before: int) -> Target | None:
@@ -120,10 +124,16 @@ def _has_m(word: str) -> bool:
 def _interpreter_of(script: str) -> list[str] | None:
     """The words that the first line of a script puts before its path."""
     try:
-        with open(script, "rb") as file:
-            head = file.read(4096)
+        # Non-blocking, because anything may bear that name, a pipe included.
+        fd = os.open(script, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return None
+    try:
+        head = os.read(fd, 4096)
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
     lines = head.split(b"\n", 2)
     if not lines[0].startswith(b"#!"):
         return None

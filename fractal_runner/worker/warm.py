@@ -14,10 +14,12 @@ import resource
 import select
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 _HELLO_S = 60.0
+_TURN_S = 0.2
+_QUEUE_S = 0.02
 _PID_S = 60.0
 
 
@@ -35,6 +37,10 @@ class ColdStart(Exception):
 
 class ServerLost(Exception):
     """The server ended between the request and its answer: whether the unit was started is not known."""
+
+
+class NobodyWaits(Exception):
+    """The unit was given up before anything was asked of the server."""
 
 
 class WarmChild:
@@ -94,7 +100,13 @@ class WarmChild:
 
 
 def run(
-    path: str, words: Sequence[str], environment: Mapping[bytes, bytes], cwd: str, log_file: str
+    path: str,
+    words: Sequence[str],
+    environment: Mapping[bytes, bytes],
+    cwd: str,
+    log_file: str,
+    *,
+    give_up: Callable[[], bool] = lambda: False,
 ) -> WarmChild:
     """Have the server at the socket `path` run a command; from any process of this host.
 
@@ -104,8 +116,10 @@ def run(
         environment: all its variables.
         cwd: where it starts.
         log_file: made anew, for its stdout and stderr.
+        give_up: asked while the server does not listen.
 
     Raises:
+        NobodyWaits: if it was given up meanwhile.
         ColdStart: if it must be started cold, or the server is not there.
         OSError: as `spawn` raises it: the log cannot be opened, there is no process to be had, or a NUL
             character is in a word.
@@ -117,7 +131,7 @@ def run(
     parts += encoded + entries
     if b"\0" in b"".join(parts):
         raise OSError(errno.EINVAL, "There is a NUL character in a command or its environment")
-    connection = _connected(path)
+    connection = _connected(path, give_up=give_up)
     try:
         answer, rest = _answer(connection, parts, _PID_S)
         if not answer:
@@ -150,13 +164,28 @@ def ask(path: str, request: Literal["status", "retire", "end"], timeout_s: float
     return dict(pair.split("=", 1) for pair in answer.split(" ") if "=" in pair)
 
 
-def _connected(path: str, timeout_s: float = _HELLO_S) -> socket.socket:
+def _connected(
+    path: str, timeout_s: float = _HELLO_S, give_up: Callable[[], bool] = lambda: False
+) -> socket.socket:
     """A connection that the server has taken: only now may anything be sent that it might do."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        connection.settimeout(timeout_s)
-        connection.connect(path)
-        hello = _line(connection, time.monotonic() + timeout_s)[0]
+        deadline = time.monotonic() + timeout_s
+        while not _try_to_connect(connection, path):
+            if time.monotonic() > deadline:
+                raise TimeoutError("too many others wait for it")
+            if give_up():
+                raise NobodyWaits
+            time.sleep(_QUEUE_S)  # nothing tells when there is room in the socket's queue
+        poll = select.poll()
+        poll.register(connection, select.POLLIN)
+        while not poll.poll(_TURN_S * 1000) and time.monotonic() < deadline:
+            if give_up():
+                raise NobodyWaits
+        hello = _line(connection, deadline)[0]
+    except NobodyWaits:
+        connection.close()
+        raise
     except (OSError, ValueError) as error:
         connection.close()
         raise ColdStart(f"The fork server does not answer: {error}.", gone=True) from None
@@ -167,9 +196,20 @@ def _connected(path: str, timeout_s: float = _HELLO_S) -> socket.socket:
     return connection
 
 
+def _try_to_connect(connection: socket.socket, path: str) -> bool:
+    """Connect; False if there are as many waiting as the server's queue has room for (unix(7): EAGAIN)."""
+    connection.setblocking(False)
+    try:
+        connection.connect(path)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def _answer(connection: socket.socket, parts: Sequence[bytes], timeout_s: float) -> tuple[str, bytes]:
     payload = b"\0".join(parts)
     try:
+        connection.settimeout(timeout_s)
         connection.sendall(b"%d\n%s" % (len(payload), payload))
     except OSError:
         # It may have said why it does not listen; a request that it has not got in full is not done.

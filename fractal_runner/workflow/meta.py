@@ -15,6 +15,7 @@ from typing import Any
 
 from fractal_runner.config import UnitLayer
 from fractal_runner.quantities import argument, format_size, format_time, parse_count, parse_size, parse_time
+from fractal_runner.worker.spec import WARM_MODES
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +158,8 @@ def _whom_to_retry(value: Any) -> bool:
 
 
 def _warm_start(value: Any) -> str:
-    if value not in ("auto", "always", "never"):
-        raise ValueError(f'{value!r} is neither "auto", "always" nor "never"')
+    if value not in WARM_MODES:
+        raise ValueError(f"{value!r} is none of {', '.join(map(json.dumps, WARM_MODES))}")
     return str(value)
 
 

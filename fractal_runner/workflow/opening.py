@@ -53,6 +53,8 @@ class RunPlan:
         attribute_filters: for all of them.
         directory: the run's directory.
         executor: its name and options, if it was given by name.
+        settings: how it goes about that, as arguments of process_workflow: what a resume that is told
+            nothing else does alike.
         job_id: the caller's name for the run.
         user_id: for whom it is.
     """
@@ -64,6 +66,7 @@ class RunPlan:
     attribute_filters: Mapping[str, Sequence[Any]]
     directory: Path
     executor: tuple[str, Mapping[str, Any]] | None
+    settings: Mapping[str, Any]
     job_id: int | str | None
     user_id: int | str | None
 
@@ -202,6 +205,7 @@ class OpenRun:
             workflow=_workflow_json(wanted.workflow),
             last_task=wanted.positions[-1],
             executor=_executor_json(wanted),
+            settings=json.dumps(dict(wanted.settings)),
         )
         try:
             (wanted.directory / SHUTDOWN_FILE).unlink(missing_ok=True)
@@ -320,6 +324,7 @@ def _row_of(wanted: RunPlan, dataset: bytes) -> dict[str, Any]:
         "type_filters": json.dumps(dict(wanted.type_filters)),
         "attribute_filters": json.dumps(dict(wanted.attribute_filters)),
         "executor": _executor_json(wanted),
+        "settings": json.dumps(dict(wanted.settings)),
         "job_id": None if wanted.job_id is None else str(wanted.job_id),
         "user_id": None if wanted.user_id is None else str(wanted.user_id),
         "versions": json.dumps(_versions()),

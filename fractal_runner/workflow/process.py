@@ -23,6 +23,7 @@ from fractal_runner.config import Config
 from fractal_runner.errors import did_you_mean
 from fractal_runner.executors import registry
 from fractal_runner.quantities import argument, parse_count, parse_time
+from fractal_runner.worker.spec import WARM_MODES
 from fractal_runner.workflow import plan
 from fractal_runner.workflow.events import Event
 from fractal_runner.workflow.models import Dataset, Workflow
@@ -30,7 +31,7 @@ from fractal_runner.workflow.opening import HistoryChoice, RunPlan
 from fractal_runner.workflow.run import Run, RunOptions
 from fractal_runner.workflow.stage import END_MARGIN_S
 from fractal_runner.workflow.turn import RunCancelledError
-from fractal_runner.workflow.warmth import MAX_SERVERS, MODES, TIMEOUT_S, WarmMode
+from fractal_runner.workflow.warmth import MAX_SERVERS, TIMEOUT_S, WarmMode
 
 USER_CACHE_VARIABLE = "FRACTAL_CACHE_DIR"
 
@@ -129,10 +130,8 @@ async def process_workflow(
         known = [*(process_workflow.__kwdefaults__ or {}), "workflow", "dataset", "workflow_dir_local"]
         raise TypeError(f"process_workflow() takes no argument {name!r}: {did_you_mean(name, known)}")
     _check_arguments(workflow, dataset, on_failure, max_in_flight, grace_s)
-    if warm_start not in MODES:
-        raise ValueError(
-            f"warm_start={warm_start!r} is neither {', '.join(map(repr, MODES[:-1]))} nor {MODES[-1]!r}"
-        )
+    if warm_start not in WARM_MODES:
+        raise ValueError(f"warm_start={warm_start!r} is none of {', '.join(map(repr, WARM_MODES))}")
     types, attributes = plan.check_filters(
         job_type_filters, job_attribute_filters, has_history=history is not None
     )
@@ -152,17 +151,6 @@ async def process_workflow(
         directory=directory,
         directory_seen_as=workflow_dir_remote,
     )
-    wanted = RunPlan(
-        workflow=workflow,
-        dataset=dataset,
-        positions=plan.task_range(workflow, first_task_index, last_task_index),
-        type_filters=types,
-        attribute_filters=attributes,
-        directory=directory,
-        executor=executors.by_name,
-        job_id=job_id,
-        user_id=user_id,
-    )
     options = RunOptions(
         remote=None if workflow_dir_remote is None else os.fspath(workflow_dir_remote),
         env={} if user_cache_dir is None else {USER_CACHE_VARIABLE: os.fspath(user_cache_dir)},
@@ -175,6 +163,22 @@ async def process_workflow(
         warm_start=warm_start,
         warm_start_timeout_s=argument("warm_start_timeout", parse_time, warm_start_timeout),
         max_servers=argument("max_servers", parse_count, max_servers),
+    )
+    wanted = RunPlan(
+        workflow=workflow,
+        dataset=dataset,
+        positions=plan.task_range(workflow, first_task_index, last_task_index),
+        type_filters=types,
+        attribute_filters=attributes,
+        directory=directory,
+        executor=executors.by_name,
+        settings={
+            "warm_start": options.warm_start,
+            "warm_start_timeout": options.warm_start_timeout_s,
+            "max_servers": options.max_servers,
+        },
+        job_id=job_id,
+        user_id=user_id,
     )
     run = Run(
         wanted,

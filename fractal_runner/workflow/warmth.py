@@ -9,20 +9,19 @@ import itertools
 import logging
 import os
 from collections.abc import Iterable
-from typing import Literal, get_args
+from typing import Literal
 
 from fractal_runner.worker.spec import COLD, UnitResult, WarmStart
 from fractal_runner.worker.station import Station
 from fractal_runner.worker.targets import recognise
 from fractal_runner.workflow.units import Stage, title
 
-WarmMode = Literal["auto", "always", "never"]
-MODES: tuple[WarmMode, ...] = get_args(WarmMode)
+WarmMode = Literal["auto", "always", "never"]  # spec.WARM_MODES
 TIMEOUT_S = 60.0
 MAX_SERVERS = 4
-_numbers = itertools.count(1)  # of this process's runs
-
 SERVERS_DIR = "fork-servers"  # in the run's directory: what its servers say of themselves
+
+_numbers = itertools.count(1)  # of this process's runs
 
 
 class WarmStarts:
@@ -60,7 +59,9 @@ class WarmStarts:
             return None  # what need not be found out again by each worker
         timeout_s = stage.resources.warm_start_timeout_s or self._timeout_s
         log = f"{run_dir}/{SERVERS_DIR}/{stage.folder}-{stage.name}"
-        return WarmStart(self._station.directory, self._station.ticks, timeout_s, self._most, log)
+        return WarmStart(
+            self._station.directory, self._station.ticks, timeout_s, self._most, mode == "always", log
+        )
 
     def note(self, stage: Stage, results: Iterable[UnitResult], told: set[str]) -> None:
         """Say why units have started cold that were to start warm, each reason once.

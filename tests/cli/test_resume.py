@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from fractal_runner import History
+from tests.history.noted import sql
+
 PROGRAM = str(Path(sys.executable).parent / "fractal-runner")
 # Fails while there is no file "mended"; notes that it was run.
 COMMAND = shlex.join(["sh", "-c", "echo ran >> notes; test -e mended || ! grep -q /d/2 $2", "unit"])
@@ -54,6 +57,67 @@ def test_tasks_that_are_not_done_may_have_changed(cli: Cli, failed: Path, tmp_pa
     resumed = cli("resume", failed, "--workflow", "workflow.json", "--executor", "thread")
 
     assert resumed.returncode == 0, resumed.stderr
+    assert (tmp_path / "notes").read_text() == "ran\n" * 3
+
+
+def settings_of(directory: Path) -> dict[str, object]:
+    """What the history says of how a run goes about what it does."""
+    with History(directory / "history.sqlite", read_only=True) as history:
+        [run] = history.read.runs()
+    return json.loads(run.settings)  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def cold(cli: Cli, tmp_path: Path) -> Path:
+    """The directory of a run that failed before a task whose units could start warm, and should not."""
+    script = tmp_path / "script.py"
+    script.write_text("print('hello')\n")
+    (tmp_path / "workflow.json").write_text(workflow(COMMAND, shlex.join([sys.executable, str(script)])))
+    images = [{"zarr_url": f"/d/{n}", "attributes": {}, "types": {}} for n in (1, 2, 3)]
+    (tmp_path / "dataset.json").write_text(json.dumps({"name": "d", "zarr_dir": "/d", "images": images}))
+    words = ("--workflow-dir", "r", "--max-workers", "1")
+    warm = ("--warm-start", "never", "--warm-start-timeout", "2m", "--max-servers", "2")
+    assert cli("run", "workflow.json", "--dataset", "dataset.json", *words, *warm).returncode == 1
+    (tmp_path / "mended").touch()
+    return tmp_path / "r"
+
+
+def starts_of(cli: Cli, directory: Path) -> dict[str, int]:
+    """How the units of the second task were started."""
+    tasks = json.loads(cli("status", directory, "--json").stdout)["tasks"]
+    return tasks[1]["starts"]  # type: ignore[no-any-return]
+
+
+def test_what_was_said_of_warm_starts_holds_in_the_resume(cli: Cli, cold: Path) -> None:
+    said = {"warm_start": "never", "warm_start_timeout": 120, "max_servers": 2}
+    assert settings_of(cold) == said
+
+    resumed = cli("resume", cold)
+
+    assert resumed.returncode == 0, resumed.stderr
+    assert starts_of(cli, cold) == {"warm": 0, "cold": 3}
+    assert settings_of(cold) == said
+
+
+def test_options_of_the_resume_take_the_place_of_what_was_said_of_warm_starts(cli: Cli, cold: Path) -> None:
+    resumed = cli("resume", cold, "--warm-start", "auto", "--max-servers", "1")
+
+    assert resumed.returncode == 0, resumed.stderr
+    assert starts_of(cli, cold) == {"warm": 3, "cold": 0}
+    assert settings_of(cold) == {"warm_start": "auto", "warm_start_timeout": 120, "max_servers": 1}
+
+
+@pytest.mark.parametrize("settings", ["{", "[]", '{"warm_start": "sometimes"}', '{"max_servers": "many"}'])
+def test_settings_that_are_damaged_are_refused_and_nothing_is_run(
+    cli: Cli, failed: Path, tmp_path: Path, settings: str
+) -> None:
+    sql(failed / "history.sqlite", "UPDATE fractal_runner_runs SET settings = ?", settings)
+
+    answer = cli("resume", failed)
+
+    assert answer.returncode == 2
+    assert f"error: The settings of {failed} cannot be taken from its history: " in answer.stderr
+    assert "Traceback" not in answer.stderr
     assert (tmp_path / "notes").read_text() == "ran\n" * 3
 
 

@@ -346,18 +346,21 @@ async def test_a_role_without_rights_is_refused_before_anything_runs(
 async def test_an_older_and_a_newer_history_are_met_as_in_a_file(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    known, newer = schema.VERSION, schema.VERSION + 1
     History(database.url).close()
     with monkeypatch.context() as patched:
-        patched.setattr(schema, "VERSION", 2)
-        patched.setitem(schema.MIGRATIONS, 1, lambda connection: connection.exec_driver_sql("nonsense"))
+        patched.setattr(schema, "VERSION", newer)
+        patched.setitem(schema.MIGRATIONS, known, lambda connection: connection.exec_driver_sql("nonsense"))
         with pytest.raises(HistoryError, match=f"{database.name} cannot be written: syntax error at or near"):
             History(database.url)
-        assert rows_of(database, "history") == [(1,)]
+        assert rows_of(database, "history") == [(known,)]
         migration = "ALTER TABLE fractal_runner_units ADD colour TEXT"
-        patched.setitem(schema.MIGRATIONS, 1, lambda connection: connection.exec_driver_sql(migration))
+        patched.setitem(schema.MIGRATIONS, known, lambda connection: connection.exec_driver_sql(migration))
         History(database.url).close()
-        assert rows_of(database, "history") == [(2,)]
+        assert rows_of(database, "history") == [(newer,)]
         assert rows_of(database, "units", "colour") == []
 
-    with pytest.raises(HistoryError, match=f"{database.name} is a history of version 2, and this .* up to 1"):
+    with pytest.raises(
+        HistoryError, match=f"{database.name} is a history of version {newer}, and this .* up to {known}"
+    ):
         History(database.url)

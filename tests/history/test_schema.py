@@ -16,6 +16,7 @@ from sqlalchemy import Connection, inspect, text
 from fractal_runner import History, HistoryError
 from fractal_runner.history import schema
 from tests.history.noted import NotedRun, sql, until
+from tests.history.older import as_version_1
 
 TABLES = {f"fractal_runner_{name}" for name in ("history", "runs", "owners", "tasks", "units")} | {
     "fractal_runner_image_statuses"
@@ -147,13 +148,35 @@ async def test_a_migration_that_fails_leaves_the_older_history_as_it_was(
     run.check(dataset)
 
 
-def test_a_reader_does_not_bring_an_older_history_up_to_date_but_says_what_does(
-    tmp_path: Path, migrated: Any
+async def test_a_reader_reads_an_older_history_as_it_is_and_leaves_it_so(
+    tmp_path: Path, migrated: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = NotedRun(tmp_path, units=2)
+    await run.go()
+    path = run.directory / "history.sqlite"
+    sql(path, "ALTER TABLE fractal_runner_tasks DROP COLUMN error")  # as if it were to come tomorrow
+    before = schema.VERSION
+    migrated(lambda connection: None)
+    monkeypatch.setitem(schema.BROUGHT, schema.VERSION, (schema.tasks.c.error,))
+
+    with History(path, read_only=True) as history:
+        rows = history.read.tasks(run.run_id)
+
+    assert [(row.name, row.state, row.error) for row in rows] == [
+        ("first", "done", None),
+        ("second", "done", None),
+    ]
+    assert version_of(path) == before
+
+
+def test_a_reader_of_one_that_is_older_than_it_can_read_says_what_brings_it_up_to_date(
+    tmp_path: Path, migrated: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "h.sqlite"
     History(path).close()
     before = schema.VERSION
     migrated(lambda connection: None)
+    monkeypatch.setattr(schema, "READABLE_SINCE", schema.VERSION)
 
     with pytest.raises(HistoryError) as caught:
         History(path, read_only=True)
@@ -163,6 +186,35 @@ def test_a_reader_does_not_bring_an_older_history_up_to_date_but_says_what_does(
         "is resumed, or begun."
     )
     assert version_of(path) == before
+
+
+def test_one_of_version_1_that_was_brought_up_to_date_has_the_columns_of_a_new_one(tmp_path: Path) -> None:
+    older, new = tmp_path / "older.sqlite", tmp_path / "new.sqlite"
+    History(older).close()
+    History(new).close()
+    expected = columns_of(new)
+    as_version_1(lambda statement: sql(older, statement))
+    assert columns_of(older) < expected
+
+    History(older).close()
+
+    assert columns_of(older) == expected
+    assert version_of(older) == schema.VERSION
+
+
+def columns_of(path: Path) -> set[tuple[Any, ...]]:
+    """The columns of all tables: table, name, type, whether it may be NULL, default, place in the key."""
+    return {
+        (table, *column[1:])
+        for table in tables_of(path)
+        for column in sql(path, f"PRAGMA table_info({table})")
+    }
+
+
+def test_columns_that_a_version_has_brought_may_be_null() -> None:
+    for version, columns in schema.BROUGHT.items():
+        assert schema.READABLE_SINCE < version <= schema.VERSION
+        assert all(column.nullable and not column.primary_key for column in columns)
 
 
 @pytest.mark.parametrize("read_only", [False, True])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,9 @@ def spec(tmp_path: Path) -> Make:
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     """A directory to run scripts in, warm and cold; the current one."""
+    for path in Path("/proc/self/fd").iterdir():  # what other tests of this process leave open to children
+        with suppress(OSError):
+            os.set_inheritable(int(path.name), int(path.name) <= 2)
     folder = tmp_path / "here"
     folder.mkdir()
     monkeypatch.chdir(folder)

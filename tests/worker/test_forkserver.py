@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -60,7 +61,7 @@ def test_imports_that_must_not_be_forked(bench: Bench, text: str, why: str | Non
             assert found is None
         else:
             assert found is not None
-            assert pytest.raises(AssertionError, match=why).matches(AssertionError(found))
+            assert re.search(why, found), found
             assert not server.runs()
             assert list(bench.sockets.iterdir()) == [bench.sockets / "server.log"]
 
@@ -383,19 +384,6 @@ def test_its_mark_tells_a_unit_from_its_server(bench: Bench) -> None:
         processes.end_group(child, mark, 0)  # type: ignore[arg-type]
         assert child.returncode == -signal.SIGKILL
         child.close()
-
-
-def test_a_waiting_client_is_not_served_after_it_has_left(bench: Bench) -> None:
-    words = bench.script("open('started', 'a').close()\n")
-    with bench.server(words) as server:
-        assert server.wait_ready() is None
-        os.kill(server.pid, signal.SIGSTOP)
-        with socket.socket(socket.AF_UNIX) as client:
-            client.connect(server.socket)
-        os.kill(server.pid, signal.SIGCONT)
-
-        assert ask(server.socket, "status")["forked"] == "0"
-    assert not (bench.folder / "started").exists()
 
 
 def test_two_threads_wait_for_one_server(bench: Bench) -> None:

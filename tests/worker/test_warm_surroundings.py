@@ -294,6 +294,38 @@ def test_random_numbers_of_numpy_differ_between_units(bench: Bench, task_python:
     assert all(len(set(numbers)) == 3 for numbers in zip(*drawn, strict=True)), drawn
 
 
+def test_generators_that_modules_have_made_begin_anew_unless_they_were_given_a_seed(
+    bench: Bench, task_python: Path
+) -> None:
+    bench.python = str(task_python)
+    bench.write(
+        "made.py",
+        """
+        import random
+        import numpy
+        FREE = [random.Random(), numpy.random.default_rng(), numpy.random.RandomState(),
+                numpy.random.Generator(numpy.random.PCG64())]
+        SEEDED = [random.Random(42), random.Random("x"), random.Random(), numpy.random.default_rng(7),
+                  numpy.random.RandomState(5), numpy.random.default_rng(0x87351080e25cb0fad77a44a3be03b491)]
+        SEEDED[2].setstate(SEEDED[0].getstate())
+        """,
+    )
+    words = bench.script(
+        """
+        import made
+        for made in (made.FREE, made.SEEDED):
+            print(*(one.random() for one in made))
+        """
+    )
+    with bench.server(words) as server:
+        assert server.wait_ready() is None
+        outcomes = [bench.warm(server, words) for _ in range(3)] + [bench.cold(words)]
+
+    free = [outcome.text.splitlines()[0].split() for outcome in outcomes]
+    assert all(len(set(numbers)) == 4 for numbers in zip(*free, strict=True)), free
+    assert len({outcome.text.splitlines()[1] for outcome in outcomes}) == 1
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_script_of_numpy(bench: Bench, task_python: Path, fails: bool) -> None:
     bench.python = str(task_python)

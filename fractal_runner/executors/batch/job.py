@@ -144,12 +144,12 @@ class _Job:
             self._log.write(Kind.REFUSE, why=why)
             return
         os.environ[NODE_VARIABLE] = self._place.node
-        station.serve_this_job()
         sys.path.extend(place for place in self.payload.header["search"] if place not in sys.path)
         for name, level in self.payload.header["levels"].items():
             logging.getLogger(name or None).setLevel(level)
         starts, done = self._earlier_records()
         terms = self.payload.terms
+        station.serve_this_job(sum(stored.place not in done for stored in calls))
         with self._signals():
             dispatcher = Dispatcher(
                 lambda _: _JobWorker(self, self._log),

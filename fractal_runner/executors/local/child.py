@@ -21,6 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import DupFd
+from pathlib import Path
 from typing import Any
 
 import cloudpickle
@@ -241,10 +242,21 @@ def _arrive(connection: Connection, setup: Setup) -> _Reporter:
         os.close(fd)
     os.environ.update(setup.environment)
     evidence.go_on_as(setup.ledger)
+    if not setup.forked:
+        _keep_to_ourselves()
     for descriptor in setup.inherited:
         os.set_inheritable(descriptor.fd, True)
     _redirect(setup.output.fd)
     return _Reporter(connection)
+
+
+def _keep_to_ourselves() -> None:
+    """Let what this process starts not have the descriptors that it was itself started with."""
+    with suppress(OSError):  # no /proc: macOS
+        for path in Path("/proc/self/fd").iterdir():
+            if int(path.name) > 2:
+                with suppress(OSError):  # the listing's own
+                    os.set_inheritable(int(path.name), False)
 
 
 def _redirect(fd: int) -> None:

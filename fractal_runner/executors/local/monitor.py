@@ -27,10 +27,10 @@ class Monitor:
         """A snapshot of these calls, in `state`."""
         commands = commands_of_threads()
         # What a fork server has started for a call is no child of the call's process.
-        keys = {call.options.key for call, slot in running if slot.worker.pid is not None}
+        keys = {call.key for call, slot in running if slot.worker.pid is not None}
         others = bearers_by_key({key for key in keys if key}) if any(keys) else {}
         return [
-            self._info(call, slot, state, (commands, others.get(call.options.key or "", [])))
+            self._info(call, slot, state, (commands, others.get(call.key or "", [])))
             for call, slot in running
         ]
 

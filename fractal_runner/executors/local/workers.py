@@ -176,8 +176,8 @@ class _ProcessWorker(Worker):
             if kill:
                 self._peer.kill()
             # What a fork server has started for it is nobody's child here.
-            if call.options.key:
-                mark = processes.mark_of(call.options.key)
+            if call.key:
+                mark = processes.mark_of(call.key)
                 processes.end_found(lambda: processes.bearers(mark), TERM_GRACE_S if kill else 0)
             call.future.output = self._peer.take_output()
         self._discard()
