@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from fractal_runner.executors.base import Executor
     from fractal_runner.executors.batch.lsf import LsfExecutor
     from fractal_runner.executors.batch.slurm import SlurmExecutor
-    from fractal_runner.executors.calls import CallOptions, TaskInfo, current_context
+    from fractal_runner.executors.calls import CallInfo, CallOptions, TaskInfo, current_call, current_context
+    from fractal_runner.executors.factories import register
     from fractal_runner.executors.local.executors import (
         ForkExecutor,
         ProcessExecutor,
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
         SpawnExecutor,
         ThreadExecutor,
     )
+    from fractal_runner.executors.registry import session
+    from fractal_runner.executors.sessions import Session
     from fractal_runner.executors.slots import SlotPool
     from fractal_runner.history.store import History
     from fractal_runner.workflow.events import (
@@ -52,6 +55,7 @@ if TYPE_CHECKING:
     from fractal_runner.workflow.process import process_workflow
 
 __all__ = [
+    "CallInfo",
     "CallOptions",
     "Dataset",
     "Event",
@@ -70,6 +74,7 @@ __all__ = [
     "RunStarted",
     "RunningUnit",
     "SerialExecutor",
+    "Session",
     "SlotPool",
     "SlurmExecutor",
     "SpawnExecutor",
@@ -87,10 +92,13 @@ __all__ = [
     "UnitSubmitted",
     "Workflow",
     "WorkflowTask",
+    "current_call",
     "current_context",
     "load_dataset",
     "load_workflow",
     "process_workflow",
+    "register",
+    "session",
 ]
 
 _HOME_OF = {
@@ -101,10 +109,13 @@ _HOME_OF = {
     "executors.base": ("Executor",),
     "executors.batch.lsf": ("LsfExecutor",),
     "executors.batch.slurm": ("SlurmExecutor",),
-    "executors.calls": ("CallOptions", "TaskInfo", "current_context"),
+    "executors.calls": ("CallInfo", "CallOptions", "TaskInfo", "current_call", "current_context"),
+    "executors.factories": ("register",),
     "executors.local.executors": (
         *("ForkExecutor", "ProcessExecutor", "SerialExecutor", "SpawnExecutor", "ThreadExecutor"),
     ),
+    "executors.registry": ("session",),
+    "executors.sessions": ("Session",),
     "executors.slots": ("SlotPool",),
     "history.store": ("History",),
     "workflow.events": (

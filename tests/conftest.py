@@ -16,6 +16,13 @@ hypothesis.settings.load_profile("shared machine")
 
 TOP = Path(__file__).parent.parent
 
+# What the user of this machine has configured is nothing to the tests, nor to what they start.
+os.environ["XDG_CONFIG_HOME"] = str(TOP / "tests" / "no-configuration")
+for _name in [
+    name for name in os.environ if name.startswith(("FRACTAL_RUNNER__", "FRACTAL_RUNNER_EXECUTOR"))
+]:
+    del os.environ[_name]
+
 
 @pytest.fixture(scope="session")
 def top() -> Path:

@@ -16,6 +16,7 @@ import typer
 
 from fractal_runner import __version__
 from fractal_runner.cli import options as given
+from fractal_runner.cli.configuration import app as config_app
 from fractal_runner.cli.parameters import (
     AttributeFilter,
     DatasetFile,
@@ -38,7 +39,6 @@ from fractal_runner.cli.parameters import (
     ZarrDir,
 )
 from fractal_runner.errors import HistoryError, InputFileError, RunBusyError
-from fractal_runner.executors import registry
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,6 +48,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(config_app, name="config")
 
 _WIDE = 1000
 
@@ -60,7 +62,7 @@ def run(
         Path | None,
         typer.Option("--workflow-dir", metavar="DIR", help="The run's directory; a new one if not given."),
     ] = None,
-    executor: ExecutorName = registry.DEFAULT,
+    executor: ExecutorName = None,
     executor_opt: ExecutorOpt = None,
     max_workers: MaxWorkers = None,
     first: First = None,
@@ -88,16 +90,13 @@ def run(
     console = Console(stderr=True)
     _log_if(verbose)
     _expect_directory_of(output)
-    options = given.read_executor_options(executor_opt or (), max_workers)
+    config = given.configuration(workflow, executor, executor_opt, max_workers)
     warm = given.read_warm_start(warm_start, warm_start_timeout, max_servers)
-    try:
-        registry.check(executor, options)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--executor") from None
-    repeated = ["--executor", executor]
+    repeated: list[str] = []
     for word in executor_opt or ():
         repeated += ["--executor-opt", word]
     for name, value in (
+        ("--executor", executor),
         ("--max-workers", max_workers),
         ("--task-env", task_env),
         ("--output", output),
@@ -112,8 +111,7 @@ def run(
         workflow=load_workflow(workflow, task_env=task_env),
         dataset=load_dataset(dataset, zarr_dir=_absolute(zarr_dir)),
         directory=workflow_dir or unused(Path("fractal_runs") / time.strftime("%Y%m%d-%H%M%S")),
-        executor=executor,
-        options=options,
+        config=config,
         first=first,
         last=last,
         type_filters=given.read_type_filters(type_filter or ()),
@@ -170,17 +168,14 @@ def resume(
     _expect_directory_of(output)
     changes = Changes(
         workflow=None if workflow is None else load_workflow(workflow, task_env=task_env),
+        workflow_file=workflow,
         executor=executor,
-        options=given.read_executor_options(executor_opt or (), max_workers),
+        options=given.executor_words(executor_opt, max_workers),
         last=last,
         warm=given.read_warm_start(warm_start, warm_start_timeout, max_servers),
     )
-    with open_run(directory, db) as found:
+    with open_run(directory, db) as found, given.told_mistakes():
         request = request_of(found, changes, history=db, output=output, rerun_unknown=rerun_unknown)
-    try:
-        registry.check(request.executor, request.options)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--executor") from None
     raise typer.Exit(execute(request, Console(stderr=True)))
 
 
@@ -188,7 +183,7 @@ def resume(
 def check(
     workflow: WorkflowFile,
     dataset: DatasetFile,
-    executor: ExecutorName = registry.DEFAULT,
+    executor: ExecutorName = None,
     executor_opt: ExecutorOpt = None,
     max_workers: MaxWorkers = None,
     first: First = None,
@@ -204,6 +199,7 @@ def check(
     Exit codes: 0 nothing is wrong, 2 there are mistakes.
     """
     from fractal_runner.cli.check import check_run
+    from fractal_runner.executors import sections
     from fractal_runner.workflow.files import load_dataset, load_workflow
 
     findings = check_run(
@@ -213,8 +209,9 @@ def check(
         last=last,
         type_filters=given.read_type_filters(type_filter or ()),
         attribute_filters=given.read_attribute_filters(attribute_filter or ()),
-        executor=executor,
-        options=given.read_executor_options(executor_opt or (), max_workers),
+        config=lambda: sections.load(
+            start=workflow, executor=executor, options=given.executor_words(executor_opt, max_workers)
+        ),
         has_history=db is not None,
     )
     for line in findings.lines:
@@ -252,6 +249,25 @@ def tasks(task_env: TaskEnv = None) -> None:
         Console().print(table)
         if package.problem is not None:
             _note("warning", f"the manifest of {package.name} is not valid: {package.problem}")
+
+
+@app.command()
+def executors() -> None:
+    """List the executors: who offers them, what they can do, and whether they can be used here.
+
+    Exit codes: 0 listed, 2 the configuration is wrong (they are listed all the same).
+    """
+    from fractal_runner.cli.executors import entries, table_of
+    from fractal_runner.executors import sections
+
+    config, problem = None, ""
+    try:
+        config = sections.load()
+    except InputFileError as error:
+        problem = str(error)
+    _output().print(table_of(list(entries(config)), "" if config is None else config.executor))
+    if problem:
+        _stop("error", problem)
 
 
 @app.command()

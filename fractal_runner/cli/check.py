@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
+from fractal_runner.config import Config
 from fractal_runner.errors import InputFileError
-from fractal_runner.executors import registry
+from fractal_runner.executors import factories, registry
 from fractal_runner.workflow import plan
 from fractal_runner.workflow.images import ImageList
 from fractal_runner.workflow.models import Dataset, Image, Workflow, WorkflowTask
@@ -51,15 +52,14 @@ def check_run(
     last: int | None,
     type_filters: Mapping[str, bool],
     attribute_filters: Mapping[str, Sequence[Any]],
-    executor: str,
-    options: Mapping[str, Any],
+    config: Callable[[], Config],
     has_history: bool = False,
 ) -> Findings:
     """Ask all that `process_workflow` would, of files that may be wrong themselves."""
     findings = Findings()
     flow = findings.attempt(workflow)
     data = findings.attempt(dataset)
-    findings.attempt(registry.check, executor, options)
+    executors = _executors(config, findings)
     check_filters = partial(plan.check_filters, has_history=has_history)
     filters = findings.attempt(check_filters, type_filters, attribute_filters)
     if flow is None:
@@ -73,7 +73,7 @@ def check_run(
     for position in positions:
         task = flow.task_list[position]
         in_force = findings.attempt(plan.filters_for, task, types)
-        stages = findings.attempt(stages_of, task)
+        stages = findings.attempt(stages_of, task, executors.unit_layers)
         selected = None
         if images is not None and in_force is not None and (previous is None or task.task.is_converter):
             selected = plan.select(task, images, in_force, attributes)
@@ -87,10 +87,21 @@ def check_run(
     return findings
 
 
+def _executors(config: Callable[[], Config], findings: Findings) -> registry.Executors:
+    """The executors that a run would have; as if nothing were said, if what is said is wrong."""
+    found = None
+    try:
+        found = config()
+    except InputFileError as error:
+        findings.mistakes += error.problems  # which name their files
+    executors = findings.attempt(partial(registry.Executors, None, config=found))
+    return executors if executors is not None else registry.Executors(registry.DEFAULT, config=found)
+
+
 def _check_stages(stages: list[Stage], findings: Findings) -> None:
     for stage in stages:
         if (name := stage.resources.executor) is not None:
-            findings.attempt(registry.check, name)
+            findings.attempt(factories.check, name)
         if (problem := plan.missing_program(stage)) is not None:
             findings.mistakes.append(problem)
         if stage.resources.unknown:

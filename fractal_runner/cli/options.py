@@ -1,17 +1,22 @@
-"""What people type after options: filters and executor options, read and written back."""
+"""What people type after options: filters, an executor's options, warm starts."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from fractal_runner.errors import did_you_mean
+from fractal_runner.errors import InputFileError, did_you_mean
 from fractal_runner.quantities import parse_time
 from fractal_runner.worker.spec import WARM_MODES
+
+if TYPE_CHECKING:
+    from fractal_runner.config import Config
 
 _PLAIN = re.compile(r"[A-Za-z_][\w.+-]*")
 
@@ -51,22 +56,33 @@ def read_attribute_filters(given: Iterable[str]) -> dict[str, list[Any]]:
     return filters
 
 
-def read_executor_options(given: Iterable[str], max_workers: int | None) -> dict[str, Any]:
-    """`key=value` items as constructor arguments; values are JSON where they can be, else text.
+def executor_words(given: Iterable[str] | None, max_workers: int | None) -> list[str]:
+    """What was said of an executor, each as the word of an `--executor-opt`."""
+    return [*(given or ()), *([] if max_workers is None else [f"max_workers={max_workers}"])]
+
+
+def configuration(
+    workflow: Path, executor: str | None, options: Iterable[str] | None, max_workers: int | None
+) -> Config:
+    """The configuration that a run of this workflow has.
 
     Raises:
-        typer.BadParameter: saying what would be right.
+        typer.Exit: if it is wrong, which has been told.
     """
-    options: dict[str, Any] = {}
-    for item in given:
-        name, text = _split(item, "--executor-opt", "max_workers=4")
-        try:
-            options[name] = json.loads(text)
-        except ValueError:
-            options[name] = text
-    if max_workers is not None:
-        options["max_workers"] = max_workers
-    return options
+    from fractal_runner.executors import sections
+
+    with told_mistakes():
+        return sections.load(start=workflow, executor=executor, options=executor_words(options, max_workers))
+
+
+@contextmanager
+def told_mistakes() -> Iterator[None]:
+    """Make what is wrong with files or options a message, and the exit code 2."""
+    try:
+        yield
+    except InputFileError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
 
 
 def read_warm_start(mode: str | None, timeout: str | None, max_servers: int | None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fractal_runner.executors import registry
+from fractal_runner.executors import factories
 
 
 def _warn_of_password(url: str | None) -> str | None:
@@ -34,10 +34,20 @@ def _database(what: str) -> Any:
 WorkflowFile = Annotated[Path, typer.Argument(metavar="WORKFLOW.json", help="The workflow.")]
 DatasetFile = Annotated[Path, typer.Option("--dataset", metavar="DATASET.json", help="The dataset.")]
 ExecutorName = Annotated[
-    str, typer.Option("--executor", help=f"Where units run: {', '.join(registry.names())}.")
+    str | None,
+    typer.Option(
+        "--executor",
+        help=f"Where units run, if not where the configuration says: {', '.join(factories.built_in())}, "
+        "or another one that `executors` lists.",
+    ),
 ]
 ExecutorOpt = Annotated[
-    list[str] | None, typer.Option("--executor-opt", metavar="KEY=VALUE", help="An option of the executor.")
+    list[str] | None,
+    typer.Option(
+        "--executor-opt",
+        metavar="KEY=VALUE",
+        help="An option of the executor (or a key of the configuration).",
+    ),
 ]
 MaxWorkers = Annotated[int | None, typer.Option("--max-workers", min=1, help="How many units run at a time.")]
 First = Annotated[int | None, typer.Option("--first", metavar="I", help="Position of the first task to run.")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from fractal_runner.cli.locate import LocatedRun
 from fractal_runner.cli.run import RunRequest
+from fractal_runner.config import EXECUTOR, PROJECT, Config, layer_files
 from fractal_runner.errors import HistoryError
-from fractal_runner.executors import registry
+from fractal_runner.executors import sections
 from fractal_runner.workflow.identity import unpacked
 from fractal_runner.workflow.models import Dataset, Workflow, describe
 from fractal_runner.workflow.warmth import WarmMode
@@ -27,15 +28,17 @@ class Changes:
 
     Attributes:
         workflow: another workflow; the recorded one if None.
+        workflow_file: where that is from.
         executor: name of another executor; the recorded one if None.
-        options: options of the executor, over those that are recorded, if it is the same.
+        options: options of the executor, over those that are recorded, if it is the same; as they were typed.
         last: position of the last task; the recorded one if None.
         warm: what is said of warm starts, over what is recorded.
     """
 
     workflow: Workflow | None
+    workflow_file: Path | None
     executor: str | None
-    options: Mapping[str, Any]
+    options: Sequence[str]
     last: int | None
     warm: Mapping[str, Any]
 
@@ -67,22 +70,18 @@ def request_of(
 
     Raises:
         HistoryError: if what is recorded does not do as input.
+        InputFileError: if the configuration is wrong.
     """
     run = found.reader.run(found.run_id)
     assert run is not None  # it was there when it was found
     workflow = changes.workflow or _workflow_of(run.workflow, found)
-    name, options = _executor_of(run.executor)
-    if changes.executor is not None and changes.executor != name:
-        name, options = changes.executor, {}
-    options = {**options, **changes.options}
     last = run.last_task if changes.last is None else changes.last
     return RunRequest(
         workflow_file=None,
         workflow=workflow,
         dataset=_dataset_of(run.dataset, found),
         directory=found.directory,
-        executor=name,
-        options=options,
+        config=_configuration(run.executor, changes, found),
         first=run.first_task,
         last=min(last, len(workflow.task_list) - 1) if changes.last is None else last,
         type_filters=json.loads(run.type_filters),
@@ -133,11 +132,33 @@ def _settings_of(text: str | None, found: LocatedRun) -> dict[str, Any]:
         ) from None
 
 
-def _executor_of(text: str | None) -> tuple[str, dict[str, Any]]:
-    """The executor that the run was begun with; the default one, if it was the caller's own."""
+def _configuration(recorded: str | None, changes: Changes, found: LocatedRun) -> Config:
+    """The configuration that the run goes on with: the executor that it was begun with counts over files."""
+    name, options = _executor_of(recorded)
+    said: dict[str, Any] = {}
+    if name is not None and changes.executor in (None, name):
+        said = {EXECUTOR: name, name: options}
+    return sections.load(
+        start=_start_of(found, changes),
+        executor=changes.executor,
+        options=changes.options,
+        recorded=said,
+    )
+
+
+def _start_of(found: LocatedRun, changes: Changes) -> Path:
+    """From where the project's configuration is looked for: the run's directory, or else the current one."""
+    if changes.workflow_file is not None:
+        return changes.workflow_file
+    project = next(file for file in layer_files(found.directory) if file.layer == PROJECT)
+    return found.directory if project.path.exists() else Path.cwd()
+
+
+def _executor_of(text: str | None) -> tuple[str | None, dict[str, Any]]:
+    """The executor that the run was begun with; None if it was the caller's own."""
     if text is None:
-        return registry.DEFAULT, {}
+        return None, {}
     try:
         return _EXECUTOR.validate_json(text)
     except ValidationError:
-        return registry.DEFAULT, {}
+        return None, {}

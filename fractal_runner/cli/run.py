@@ -19,8 +19,9 @@ from rich.console import Console
 
 from fractal_runner.cli.options import filter_arguments
 from fractal_runner.cli.progress import display_for
-from fractal_runner.errors import JobExecutionError, TaskExecutionError
-from fractal_runner.executors import registry
+from fractal_runner.config import Config
+from fractal_runner.errors import ExecutorError, JobExecutionError, TaskExecutionError
+from fractal_runner.executors import factories
 from fractal_runner.quantities import format_time
 from fractal_runner.worker.spec import CANCELLED
 from fractal_runner.workflow.events import Event, TaskStarted
@@ -43,8 +44,7 @@ class RunRequest:
         workflow: the workflow.
         dataset: the dataset.
         directory: the run's directory.
-        executor: the executor's name.
-        options: its options.
+        config: the configuration, which names the executor.
         first, last: positions of the first and last task.
         type_filters, attribute_filters: the filters.
         output: where to write the final dataset as well.
@@ -60,8 +60,7 @@ class RunRequest:
     workflow: Workflow
     dataset: Dataset
     directory: Path
-    executor: str
-    options: Mapping[str, Any]
+    config: Config
     first: int | None
     last: int | None
     type_filters: Mapping[str, bool]
@@ -108,7 +107,8 @@ class _Session:
                 last_task_index=request.last,
                 job_type_filters=request.type_filters,
                 job_attribute_filters=request.attribute_filters,
-                executor=(request.executor, request.options),
+                executor=request.config.executor,
+                config=request.config,
                 history=request.history,
                 resume=request.resume,
                 rerun_unknown=request.rerun_unknown,
@@ -121,7 +121,7 @@ class _Session:
         )
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
-            if registry.class_of(request.executor).asynchronous:
+            if self._is_asynchronous():
                 loop.add_signal_handler(number, self._on_signal, number, task)
             else:  # the loop stands still while the executor works
                 signal.signal(number, self._on_signal_inline)
@@ -140,7 +140,7 @@ class _Session:
                 self._say(f"{len(error.failures)} units failed; this is the first of them.")
             self._say_how_to_go_on()
             return EXIT_JOB_ERROR if isinstance(error, JobExecutionError) else EXIT_TASK_ERROR
-        except ValueError as error:
+        except (ExecutorError, ImportError, NotImplementedError, ValueError) as error:
             self._say(str(error), style="red")
             return EXIT_USAGE
         written = [request.directory / DATASET_FILE]
@@ -158,6 +158,14 @@ class _Session:
             f"the dataset is in {' and '.join(map(str, written))}"
         )
         return 0
+
+    def _is_asynchronous(self) -> bool:
+        """Whether the loop goes on while the executor works; all do that do not deny it."""
+        try:
+            factory = factories.factory_of(self._request.config.executor)
+        except ValueError:  # of a package that is broken: the run says so
+            return True
+        return getattr(factory, "asynchronous", True) is not False
 
     def _on_event(self, event: Event) -> None:
         if isinstance(event, TaskStarted):

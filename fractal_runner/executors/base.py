@@ -24,7 +24,7 @@ from typing import Any, Self, TypeVar
 
 from fractal_runner.errors import JobExecutionError
 from fractal_runner.executors.account import Calls
-from fractal_runner.executors.calls import Call, CallFuture, CallOptions, TaskInfo, current_call, name_of
+from fractal_runner.executors.calls import Call, CallFuture, CallOptions, TaskInfo, name_of, running_call
 from fractal_runner.executors.mapping import mapped
 from fractal_runner.quantities import parse_count
 
@@ -49,6 +49,7 @@ class Executor(futures.Executor):
     - `_close(wait)` is called once the executor gets no more calls. What it holds is to be let go of when
       the last call has ended; if `wait`, it returns only then, when no call is under way any more.
     - `_infos(calls)` tells `tasks` about calls that run.
+    - `unusable(options)` tells beforehand why it cannot work here, for `fractal-runner executors`.
 
     Class attributes tell what the executor can do, for its users and for `fractal_runner.testing`:
 
@@ -88,6 +89,18 @@ class Executor(futures.Executor):
         self._options = CallOptions()
         self._calls = Calls()
         self._pid = os.getpid()
+
+    @classmethod
+    def unusable(cls, options: Mapping[str, Any]) -> str | None:
+        """Why an executor of this class cannot work here, as far as that is seen without making one.
+
+        Args:
+            options: what its constructor would be given.
+
+        Returns:
+            The reason, which says what would help; None if nothing is known against it.
+        """
+        return None
 
     @abstractmethod
     def _start(self, call: Call) -> None:
@@ -250,7 +263,7 @@ class Executor(futures.Executor):
         """
         if os.getpid() != self._pid:
             return  # a forked child's copy: what it refers to is the parent's
-        call = current_call()
+        call = running_call()
         if wait and ((call is not None and call.keeper is self._calls) or self._calls.is_ending_one()):
             raise RuntimeError(
                 f"{self.name} cannot be shut down, waiting, from within a call of its own or a callback"
@@ -315,7 +328,7 @@ class Executor(futures.Executor):
             raise RuntimeError(
                 f"{self.name} belongs to process {self._pid}: a forked child of it cannot submit to it"
             )
-        parent = current_call()
+        parent = running_call()
         if parent is not None and parent.keeper is not self._calls:
             parent = None
         call = Call(

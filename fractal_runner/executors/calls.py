@@ -122,6 +122,24 @@ class TaskInfo:
     key: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class CallInfo:
+    """A call as it sees itself: what `current_call` tells in a worker.
+
+    Attributes:
+        name: its name.
+        key: its key, if it was given one.
+        map_index: its place among those of one `map`, or what `options(map_index=…)` has said.
+        attempt: which start of the call this is, from 1: a job that is started again does those calls once
+            more that had started and not ended.
+    """
+
+    name: str
+    key: str | None
+    map_index: int | None
+    attempt: int
+
+
 class Keeper(Protocol):
     """Who keeps account of futures: told of each one's end, and when somebody has its result."""
 
@@ -240,10 +258,11 @@ class Call:
         parent: the call of the same executor from within which it was submitted.
         submitted: seconds since the epoch.
         started: the same; None before it starts.
+        attempt: which start of it this is, from 1; where it runs.
     """
 
     __slots__ = (
-        *("args", "context", "fn", "future", "id", "key", "kwargs", "keeper", "name"),
+        *("args", "attempt", "context", "fn", "future", "id", "key", "kwargs", "keeper", "name"),
         *("options", "parent", "started", "submitted"),
     )
 
@@ -259,6 +278,7 @@ class Call:
         parent: Call | None = None,
         name: str | None = None,
         key: str | None = None,
+        attempt: int = 1,
     ) -> None:
         self.id = next(_numbers)
         self.fn = fn
@@ -273,6 +293,7 @@ class Call:
         self.future = CallFuture(keeper)
         self.submitted = time.time()
         self.started: float | None = None
+        self.attempt = attempt
 
     def begin(self) -> bool:
         """Mark it as started. Whoever runs it calls this first, and runs it only if it returns True."""
@@ -310,7 +331,7 @@ class Call:
 
     def returned(self) -> Any:
         """What the function returns, called here and now, with the call's context."""
-        before, _local.call = current_call(), self
+        before, _local.call = running_call(), self
         try:
             if self.options.context_filter is not None:
                 self.context = self.options.context_of(self.context)
@@ -337,15 +358,29 @@ def current_context() -> Mapping[str, Any]:
     Raises:
         RuntimeError: if it is not a call that asks.
     """
-    call = current_call()
+    return _expected("current_context").context
+
+
+def current_call() -> CallInfo:
+    """What there is to know of the call that asks: its name, key, place in a `map`, attempt.
+
+    Raises:
+        RuntimeError: if it is not a call that asks.
+    """
+    call = _expected("current_call")
+    return CallInfo(call.name, call.key, call.options.map_index, call.attempt)
+
+
+def _expected(asker: str) -> Call:
+    call = running_call()
     if call is None:
         raise RuntimeError(
-            "current_context() is for functions that an executor runs: there is no call in this thread"
+            f"{asker}() is for functions that an executor runs: there is no call in this thread"
         )
-    return call.context
+    return call
 
 
-def current_call() -> Call | None:
+def running_call() -> Call | None:
     """The call that this thread is running, if it is."""
     return getattr(_local, "call", None)
 

@@ -6,20 +6,30 @@ who shuts it down; and what can be asked of executors that are not ours.
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import os
-import threading
-from collections.abc import Callable, Collection, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any
 
-from fractal_runner.errors import did_you_mean
-from fractal_runner.executors import base
+from fractal_runner.config import RESERVED, Config, UnitLayer
+from fractal_runner.executors import base, sessions
 from fractal_runner.executors.cpus import thread_variables
+from fractal_runner.executors.factories import (
+    check,
+    check_options,
+    factory_of,
+    is_known,
+    is_told,
+    make,
+    missing_of,
+    name_of,
+    names,
+    taken_of,
+)
+from fractal_runner.executors.sessions import Session
 
 if TYPE_CHECKING:
     from fractal_runner.executors.calls import TaskInfo
@@ -28,79 +38,60 @@ ExecutorChoice = Executor | type[Executor] | str | tuple[str, Mapping[str, Any]]
 DEFAULT = "thread"
 
 JOBS_DIR = "jobs"  # in the run's directory
+SESSION_DIR = "fractal_jobs"  # in the current one, for what no run has asked for
 
 _DISCARD_S = 30.0
 
-_LOCAL = "fractal_runner.executors.local.executors"
-# By place, not by class: a name costs its import only where it is used.
-_PLACES = {
-    "fork": f"{_LOCAL}:ForkExecutor",
-    "lsf": "fractal_runner.executors.batch.lsf:LsfExecutor",
-    "process": f"{_LOCAL}:ProcessExecutor",
-    "serial": f"{_LOCAL}:SerialExecutor",
-    "slurm": "fractal_runner.executors.batch.slurm:SlurmExecutor",
-    "spawn": f"{_LOCAL}:SpawnExecutor",
-    "thread": f"{_LOCAL}:ThreadExecutor",
-}
-_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-# What a configuration or a command line cannot give.
-_NOT_BY_NAME = frozenset({"context", "slots"})
 
-
-def names() -> list[str]:
-    """The names of the executors that there are."""
-    return sorted(_PLACES)
-
-
-def class_of(name: str) -> type[base.Executor]:
-    """The class that bears this name.
+def configuration() -> Config:
+    """The configuration of calls from Python: the open session's, or that of the current directory.
 
     Raises:
-        ValueError: if the name is unknown, naming the nearest known one.
+        InputFileError: naming every mistake, with its file, line and key.
     """
-    if name not in _PLACES:
-        raise ValueError(f"unknown executor {name!r}: {did_you_mean(name, _PLACES)}")
-    module, _, attribute = _PLACES[name].partition(":")
-    found: type[base.Executor] = getattr(importlib.import_module(module), attribute)
-    return found
+    if (session := sessions.current()) is not None:
+        return session.config
+    from fractal_runner.executors import sections
+
+    return sections.load()
 
 
-def check(name: str, options: Mapping[str, Any] | None = None) -> None:
-    """Whether `make` would know this name and these options, without making anything.
+def session(**overrides: Any) -> Session:
+    """Executors by name, made on first use and shut down together: `with session() as s: s["slurm"]`.
 
-    Raises:
-        ValueError: if the name or an option is unknown, naming the nearest known one.
-    """
-    chosen = class_of(name)
-    known = [option for option in _parameters(chosen) if option not in _NOT_BY_NAME]
-    others: Mapping[str, str] = getattr(chosen, "other_words", {})
-    for option in options or ():
-        if option not in known:
-            hint = f"it is {others[option]!r}" if option in others else did_you_mean(option, known)
-            raise ValueError(f"unknown option {option!r} of executor {name!r}: {hint}")
-
-
-def make(name: str, options: Mapping[str, Any] | None = None) -> Executor:
-    """A new executor.
+    As long as it is open, `process_workflow` takes its executors, and leaves them open.
 
     Args:
-        name: its registered name.
-        options: what its constructor takes.
+        overrides: what counts over the configuration: `executor`, `defaults` and `resource_classes`, as they
+            are in a file; and for executors, by name, arguments of their constructors. An executor that keeps
+            files keeps them in `fractal_jobs` of the current directory, unless its `folder` is given.
 
     Raises:
-        ValueError: if the name, an option or an option's value is not valid.
+        InputFileError, ValueError: naming every mistake of the configuration, or what is wrong with an
+            override.
     """
-    check(name, options)
-    return class_of(name)(**(options or {}))
+    from fractal_runner.executors import sections
 
+    own = {key: value for key, value in overrides.items() if key in RESERVED}
+    given = {name: options for name, options in overrides.items() if name not in RESERVED}
+    for name, options in given.items():
+        if not isinstance(options, Mapping):
+            factory_of(name)
+            raise TypeError(f"session({name}={options!r}): a mapping of its constructor's arguments is right")
+        check_options(name, options)
+    config = sections.load(overrides=own)
+    folder = Path.cwd() / SESSION_DIR
 
-def by_name(choice: ExecutorChoice) -> tuple[str, Mapping[str, Any]] | None:
-    """The name and options of an executor that was chosen by its name, or not at all; else None."""
-    if choice is None:
-        return DEFAULT, {}
-    if isinstance(choice, str):
-        return choice, {}
-    return choice if isinstance(choice, tuple) else None
+    def arguments(name: str) -> dict[str, Any]:
+        return _arguments(name, config, given.get(name, {}), {"folder": folder / name})
+
+    return Session(
+        config,
+        lambda name: _make(name, arguments(name), config, given.get(name, {})),
+        starts=is_told,
+        given=given,
+        arguments=arguments,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,10 +112,12 @@ class Submitter:
 class Executors:
     """The executors of one run: the default one, and others that its tasks name, made on first use.
 
-    What the caller made stays the caller's; what was made here ends with `close`. `_lock` guards `_made`.
+    What the caller made stays the caller's, also by opening a session: its executors are taken, but for
+    those that the run was given options of its own for. What was made here ends with `close`.
 
     Args:
-        choice: the default one.
+        choice: the default one; None for what the configuration says.
+        config: what it says of executors that are made here; None if there is none.
         directory: the run's. An executor that is made here, and takes a `folder` that it was not given, has
             one below it: the same whenever the run is resumed, so that it finds what it has submitted.
         directory_seen_as: the same directory, as the workers see it; None if they see it as we do. It is
@@ -135,26 +128,28 @@ class Executors:
         self,
         choice: ExecutorChoice,
         *,
+        config: Config | None = None,
         directory: str | os.PathLike[str] | None = None,
         directory_seen_as: str | os.PathLike[str] | None = None,
     ) -> None:
         self._directory = None if directory is None else Path(directory)
         self._seen_as = None if directory_seen_as is None else os.fspath(directory_seen_as)
-        self._lock = threading.Lock()
-        self._made: dict[str, Executor] = {}
+        self._config = config if config is not None else Config.empty()
+        self._session = Session(self._config, self._make, starts=is_told)
+        self._around = sessions.current()
         self._given: Executor | None = None
         self._class: type[Executor] | None = None
+        self._options: dict[str, Any] = {}
         if choice is None:
-            choice = DEFAULT
-        self._options: dict[str, Any]
+            choice = self._config.executor
         if isinstance(choice, str):
-            self.default, self._options = choice, {}
+            self.default = choice
             check(choice)
         elif isinstance(choice, tuple):
             self.default, self._options = choice[0], dict(choice[1])
             check(self.default, self._options)
         else:
-            self.default, self._options = _name_of(choice if isinstance(choice, type) else type(choice)), {}
+            self.default = name_of(choice if isinstance(choice, type) else type(choice))
             if isinstance(choice, type) and issubclass(choice, Executor):
                 self._class = choice
             elif isinstance(choice, Executor):
@@ -164,6 +159,39 @@ class Executors:
                     f"executor={choice!r} is neither an executor, an executor class, nor a name "
                     f"({', '.join(names())})"
                 )
+
+    @property
+    def by_name(self) -> tuple[str, Mapping[str, Any]] | None:
+        """The name of the default one and what its constructor is given, if it was chosen by name.
+
+        What is given because of where the run is, is not told: it is the same in a resume. That of a session
+        is not, so it is told.
+        """
+        if self._given is not None or self._class is not None:
+            return None
+        if self._around is not None and not self._options:
+            return self.default, self._around.arguments(self.default)
+        return self.default, self._config.options(self.default, self._options)
+
+    def unit_layers(self, task: Mapping[str, Any], workflow_task: Mapping[str, Any]) -> Iterable[UnitLayer]:
+        """All that is said of what a unit needs, the later over the earlier; see `Config.unit_layers`.
+
+        Args:
+            task: the task's meta.
+            workflow_task: the workflow task's meta.
+
+        Raises:
+            ValueError: if one of them names a resource class that there is not.
+        """
+        made_here = self._given is None
+        return self._config.unit_layers(
+            task, workflow_task, executor=self.default if made_here else None, given=self._said_of_default()
+        )
+
+    def _said_of_default(self) -> Mapping[str, Any]:
+        """Arguments of the default one that were given in Python."""
+        around = {} if self._around is None else self._around.given
+        return self._options or around.get(self.default, {})
 
     def check(self, name: str | None) -> None:
         """Whether `get` will find this name.
@@ -176,29 +204,24 @@ class Executors:
 
     def get(self, name: str | None = None) -> Executor:
         """The executor of this name; the run's own for None."""
-        with self._lock:
-            if name is None or name == self.default:
-                if self._given is not None:
-                    return self._given
-                name = self.default
-            if name not in self._made:
-                self._made[name] = self._make(name)
-            return self._made[name]
+        if name is None or name == self.default:
+            if self._given is not None:
+                return self._given
+            if self._class is not None or self._options:
+                return self._session[self.default]
+            name = self.default
+        return (self._around if self._around is not None else self._session)[name]
 
     def _make(self, name: str) -> Executor:
-        options = self._options if name == self.default else {}
-        if name == self.default and self._class is not None:
-            return self._class(**self._offered(self._class, name))
-        return make(name, {**self._offered(class_of(name), name), **options})
-
-    def _offered(self, chosen: type[Executor], name: str) -> dict[str, Any]:
-        """What this class takes of where the run is."""
-        if self._directory is None:
-            return {}
-        offered: dict[str, Any] = {"folder": self._directory / JOBS_DIR / name}
-        if self._seen_as is not None:
-            offered["path_map"] = {str(self._directory): self._seen_as}
-        return {option: value for option, value in offered.items() if option in _parameters(chosen)}
+        offered: dict[str, Any] = {}
+        if self._directory is not None:
+            offered["folder"] = self._directory / JOBS_DIR / name
+            if self._seen_as is not None:
+                offered["path_map"] = {str(self._directory): self._seen_as}
+        if name == self.default and self._class is not None and not is_known(self._class, name):
+            return self._class(**taken_of(self._class, offered))
+        given = self._options if name == self.default else {}
+        return _make(name, _arguments(name, self._config, given, offered), self._config, given)
 
     def is_local(self, name: str | None = None) -> bool:
         """Whether calls surely run on this machine, seeing this file system and this PATH."""
@@ -291,31 +314,53 @@ class Executors:
         Args:
             wait: False to leave calls behind that cannot be ended.
         """
-        with self._lock:
-            made, self._made = self._made, {}
-        for executor in reversed(made.values()):
-            executor.shutdown(wait=wait, cancel_futures=True)
+        self._session.close(wait=wait, cancel_futures=True)
 
 
-def _parameters(chosen: type[Executor]) -> Collection[str]:
-    """What the constructor takes, by name; also of `**options: Unpack[…]`, what stands there."""
+def _arguments(
+    name: str, config: Config, given: Mapping[str, Any], offered: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What an executor's constructor is given.
+
+    Args:
+        name: its name.
+        config: the configuration.
+        given: arguments that count over it.
+        offered: arguments that it has if it takes them, and nobody says anything else.
+    """
+    return {**taken_of(factory_of(name), offered), **config.options(name, given)}
+
+
+def _make(name: str, arguments: Mapping[str, Any], config: Config, given: Mapping[str, Any]) -> Executor:
+    """An executor as a configuration has it.
+
+    Args:
+        name: its name.
+        arguments: what its constructor is given.
+        config: the configuration, which has said some of that.
+        given: what of it counts over the configuration.
+
+    Raises:
+        InputFileError: if its constructor refuses what the configuration says, naming where that is written.
+        ValueError, TypeError, ImportError: as `make`.
+    """
+    if missing := missing_of(factory_of(name), arguments):
+        raise ValueError(
+            f"the executor {name!r} needs {' and '.join(map(repr, missing))}: the configuration says it as "
+            f"{' and '.join(f'{name}.{argument}' for argument in missing)}"
+        )
     try:
-        parameters = inspect.signature(chosen).parameters
-    except ValueError:  # of a class that is not written in Python
-        return ()
-    taken = [name for name, parameter in parameters.items() if parameter.kind in _NAMED]
-    if len(taken) < len(parameters):
-        with suppress(NameError):  # of types that are only there for those who check them
-            for parameter in inspect.signature(chosen, eval_str=True).parameters.values():
-                if get_origin(parameter.annotation) is Unpack:
-                    taken += get_type_hints(get_args(parameter.annotation)[0])
-    return taken
+        return make(name, arguments)
+    except (TypeError, ValueError) as error:
+        if _is_about(error, config.options(name).keys() - given.keys(), given):
+            raise config.blame(name, error) from error
+        raise
 
 
-def _name_of(chosen: type) -> str:
-    """The name that this class is registered by; its own if it is not."""
-    place = f"{chosen.__module__}:{chosen.__qualname__}"
-    return next((name for name, known in _PLACES.items() if known == place), chosen.__name__)
+def _is_about(error: Exception, said: Collection[str], given: Collection[str]) -> bool:
+    """Whether an error is rather about what a configuration has said than about what was given."""
+    words = set(re.findall(r"\w+", str(error)))
+    return bool(said) and (bool(words & set(said)) or not words & set(given))
 
 
 def _with_exclusions(extra: dict[str, Any], avoid: tuple[str, ...]) -> dict[str, Any]:

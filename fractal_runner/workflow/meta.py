@@ -7,12 +7,13 @@ for systems that we do not run on; a value that is not what its key takes is an 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
 from typing import Any
 
+from fractal_runner.config import UnitLayer
 from fractal_runner.quantities import argument, format_size, format_time, parse_count, parse_size, parse_time
 from fractal_runner.worker.spec import WARM_MODES
 
@@ -91,17 +92,25 @@ def read_meta(*layers: Mapping[str, Any]) -> Resources:
     Raises:
         ValueError: naming the key and the value, if the value is not what the key takes.
     """
-    meta = {key: value for layer in layers for key, value in layer.items() if value is not None}
-    values: dict[str, Any] = {}
-    extra: dict[str, Any] = {}
-    for key, (name, parse) in _FIELDS.items():
-        if key in meta:
-            values[name] = argument(key, parse, meta[key])
-    for key, parse in _EXTRA.items():
-        if key in meta:
-            extra[key] = argument(key, parse, meta[key])
+    return read_layers(UnitLayer(layer) for layer in layers)
+
+
+def read_layers(layers: Iterable[UnitLayer]) -> Resources:
+    """Resources from all who say something of them, the later over the earlier.
+
+    Raises:
+        ValueError: naming the key and the value, if the value is not what the key takes.
+    """
+    meta: dict[str, Any] = {}
+    others: dict[str, Any] = {}  # only for schedulers, and only by a class: a meta has these names as keys
+    for layer in layers:
+        meta |= {key: value for key, value in layer.meta.items() if value is not None}
+        for key, value in layer.extra.items():
+            (meta if key in _EXTRA else others)[key] = value
+    values = {name: argument(key, parse, meta[key]) for key, (name, parse) in _FIELDS.items() if key in meta}
+    extra = {key: argument(key, parse, meta[key]) for key, parse in _EXTRA.items() if key in meta}
     unknown = tuple(sorted(meta.keys() - _FIELDS.keys() - _EXTRA.keys()))
-    return Resources(**values, extra=MappingProxyType(extra), unknown=unknown)
+    return Resources(**values, extra=MappingProxyType({**others, **extra}), unknown=unknown)
 
 
 def _name(of_what: str, value: Any) -> str:

@@ -19,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
+from fractal_runner.config import Config
 from fractal_runner.errors import did_you_mean
 from fractal_runner.executors import registry
 from fractal_runner.quantities import argument, parse_count, parse_time
@@ -51,6 +52,7 @@ async def process_workflow(
     job_type_filters: Mapping[str, bool] | None = None,
     user_id: int | str | None = None,
     executor: registry.ExecutorChoice = None,
+    config: Config | None = None,
     resume: bool = False,
     history: HistoryChoice = None,
     rerun_unknown: bool = False,
@@ -81,8 +83,11 @@ async def process_workflow(
         job_type_filters: types that images must have for the first task: {"is_3D": True}.
         user_id: who runs it, for logs and the history.
         executor: an executor, which stays the caller's to shut down; an executor class; a name, or a name
-            and options; None for "thread". One that keeps files keeps them in the run's directory, unless its
-            options say where.
+            and options, which count over the configuration's; None for the one that the configuration names.
+            One that keeps files keeps them in the run's directory, unless its options say where. In an open
+            `session`, its executors are taken, and left open.
+        config: the configuration, from `fractal_runner.executors.sections.load`; None for that of the open
+            session, or else of the current directory.
         resume: go on with the run that the directory holds, where it stopped or was killed; where there
             is none, begin it. What is done is not done again, and must not have changed.
         history: where the run is recorded: a History, which stays the caller's to close, an SQLAlchemy URL,
@@ -134,7 +139,18 @@ async def process_workflow(
     task = asyncio.current_task()
     logger = logging.getLogger(logger_name)
     courier = _Courier(loop, on_event, logger)
+    if config is not None and not isinstance(config, Config):
+        raise TypeError(
+            f"config is {type(config).__name__}, not Config: read one with "
+            "fractal_runner.executors.sections.load"
+        )
     directory = _absolute(workflow_dir_local)
+    executors = registry.Executors(
+        executor,
+        config=registry.configuration() if config is None else config,
+        directory=directory,
+        directory_seen_as=workflow_dir_remote,
+    )
     options = RunOptions(
         remote=None if workflow_dir_remote is None else os.fspath(workflow_dir_remote),
         env={} if user_cache_dir is None else {USER_CACHE_VARIABLE: os.fspath(user_cache_dir)},
@@ -155,7 +171,7 @@ async def process_workflow(
         type_filters=types,
         attribute_filters=attributes,
         directory=directory,
-        executor=registry.by_name(executor),
+        executor=executors.by_name,
         settings={
             "warm_start": options.warm_start,
             "warm_start_timeout": options.warm_start_timeout_s,
@@ -167,7 +183,7 @@ async def process_workflow(
     run = Run(
         wanted,
         options,
-        executors=registry.Executors(executor, directory=directory, directory_seen_as=workflow_dir_remote),
+        executors=executors,
         logger=logger,
         label=("run" if job_id is None else f"job {job_id}")
         + ("" if user_id is None else f", user {user_id}"),

@@ -137,7 +137,8 @@ class Run:
                 process_workflow says.
         """
         try:
-            stages = [stages_of(task) for task in self._tasks]  # finds what is wrong with anyone's meta
+            # Finds what is wrong with anyone's meta.
+            stages = [stages_of(task, self._executors.unit_layers) for task in self._tasks]
             self._check(stages)
             wanted, options = self._wanted, self._options
             self._opened = OpenRun(

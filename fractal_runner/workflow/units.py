@@ -9,21 +9,25 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import cloudpickle
 
+from fractal_runner.config import UnitLayer
 from fractal_runner.worker.function import FunctionRef
 from fractal_runner.worker.spec import UnitSpec, WarmStart
 from fractal_runner.workflow.identity import unit_digest
-from fractal_runner.workflow.meta import Resources, read_meta
+from fractal_runner.workflow.meta import Resources, read_layers
 from fractal_runner.workflow.models import Image, WorkflowTask
 from fractal_runner.workflow.outputs import ComputeItem
 
 _PREFIX = re.compile(r"(non_par|par)(?:-\d+-(\d+))?(?:-try(\d+))?")
+
+# From the metas of a task and of its workflow task to all that is said of what units need.
+UnitLayers = Callable[[Mapping[str, Any], Mapping[str, Any]], Iterable[UnitLayer]]
 BATCH_SIZE = 1000  # units of one subfolder: directories of a million files are slow everywhere
 
 
@@ -56,12 +60,13 @@ class Stage:
     Args:
         task: the workflow task.
         parallel: whether it is the parallel command or the non-parallel one.
+        layers: from the metas of a task and its workflow task to all that is said of what units need.
 
     Raises:
         ValueError: if the task's meta is wrong, naming task, key and value.
     """
 
-    def __init__(self, task: WorkflowTask, *, parallel: bool) -> None:
+    def __init__(self, task: WorkflowTask, *, parallel: bool, layers: UnitLayers) -> None:
         self.task = task
         self.parallel = parallel
         self.name = "par" if parallel else "non_par"
@@ -75,7 +80,7 @@ class Stage:
         self._digest = unit_digest(task)
         try:
             metas = getattr(task.task, f"meta_{half}"), getattr(task, f"meta_{half}")
-            self.resources: Resources = read_meta(*metas)
+            self.resources: Resources = read_layers(layers(*metas))
         except ValueError as error:
             raise ValueError(f"{title(task)}: meta_{half}.{error}") from None
 
@@ -217,13 +222,21 @@ def unit_of_key(key: str) -> tuple[str, int, int]:
     return stage, int(index or 0), int(attempt or 1)
 
 
-def stages_of(task: WorkflowTask) -> list[Stage]:
-    """The stages of a task, in the order in which they run."""
+def stages_of(task: WorkflowTask, layers: UnitLayers) -> list[Stage]:
+    """The stages of a task, in the order in which they run.
+
+    Args:
+        task: the workflow task.
+        layers: see `Stage`.
+
+    Raises:
+        ValueError: if the task's meta is wrong, naming task, key and value.
+    """
     kind = task.task.type
     if kind == "parallel":
-        return [Stage(task, parallel=True)]
-    first = Stage(task, parallel=False)
-    return [first, Stage(task, parallel=True)] if task.task.is_compound else [first]
+        return [Stage(task, parallel=True, layers=layers)]
+    first = Stage(task, parallel=False, layers=layers)
+    return [first, Stage(task, parallel=True, layers=layers)] if task.task.is_compound else [first]
 
 
 def folder_name(task: WorkflowTask) -> str:

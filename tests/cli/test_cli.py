@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 
 from fractal_runner.cli.options import (
+    executor_words,
     filter_arguments,
     read_attribute_filters,
-    read_executor_options,
     read_type_filters,
 )
 
@@ -120,9 +120,12 @@ def test_a_job_error_exits_with_3(cli: Cli, files: Any) -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--executor", "thraed"], "unknown executor 'thraed': did you mean 'thread'?"),
+        (
+            ["--executor", "thraed"],
+            "--executor thraed: executor: there is no executor 'thraed': did you mean 'thread'?",
+        ),
         (["--executor-opt", "max_worker=2"], "did you mean 'max_workers'?"),
-        (["--executor-opt", "x"], "is not of the form NAME=VALUE"),
+        (["--executor-opt", "x"], "is not of the form KEY=VALUE"),
         (["--first", "3"], "first_task_index=3 is out of range"),
         (["--type-filter", "is_3D=1"], "a type is true or false"),
         (["--type-filter", "is_3D"], "is not of the form NAME=VALUE"),
@@ -188,7 +191,7 @@ def test_check_finds_every_mistake_at_once(cli: Cli, tmp_path: Path) -> None:
     for mistake in (
         "d.json: images[0].typs: unknown field 'typs': did you mean 'types'?",
         "d.json: images[1].zarr_url: 'd/2' is neither an absolute path",
-        "unknown executor 'slrum'",
+        "there is no executor 'slrum': did you mean 'slurm'?",
         "Task 0 ('t'): meta_parallel.mem: '4 GiBB' is not a size",
         "Task 1 ('t'): its type_filters ask for a=False",
         "the program 'no-such-program' of command_parallel cannot be executed",
@@ -310,13 +313,9 @@ def test_filters_are_read_as_json_scalars_or_text_and_written_back() -> None:
     assert read_attribute_filters(words[3::2]) == filters
 
 
-def test_executor_options_are_json_or_text() -> None:
-    assert read_executor_options(["a=1", "b=x y", 'c={"d": [1]}'], 3) == {
-        "a": 1,
-        "b": "x y",
-        "c": {"d": [1]},
-        "max_workers": 3,
-    }
+def test_max_workers_is_an_option_of_the_executor() -> None:
+    assert executor_words(["a=1"], 3) == ["a=1", "max_workers=3"]
+    assert executor_words(None, None) == []
 
 
 def test_version_and_module_entry_point() -> None:

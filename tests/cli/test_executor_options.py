@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from fractal_runner import Dataset, Image, Task, TaskExecutionError, Workflow, WorkflowTask, process_workflow
 from fractal_runner.cli.app import app
-from fractal_runner.executors import registry
+from fractal_runner.executors import factories
 from tests.executors.batch import standin
 from tests.executors.batch.standin import StandIn
 
@@ -25,7 +25,7 @@ Here = Callable[..., Result]
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Here:
     """Runs the program in this process, in tmp_path, where "batch" is a stand-in and w.json fails."""
-    monkeypatch.setitem(registry._PLACES, "batch", standin.PLACE)
+    monkeypatch.setitem(factories._PLACES, "batch", standin.PLACE)
     monkeypatch.setattr(StandIn, "made", [])
     monkeypatch.chdir(tmp_path)
     task = {"name": "T", "command_parallel": "false"}
@@ -76,7 +76,7 @@ def test_an_option_that_there_is_not_is_named_with_the_nearest(here: Here, comma
 
     assert answer.exit_code == 2
     said = " ".join(answer.output.replace("│", " ").split())
-    assert "unknown option 'partitoin' of executor 'batch': did you mean 'partition'?" in said
+    assert "--executor-opt partitoin=main: batch.partitoin: unknown key: did you mean 'partition'?" in said
     assert len(StandIn.made) == 1
 
 

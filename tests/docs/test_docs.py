@@ -12,6 +12,7 @@ import pytest
 
 from tests.clusters.lsf.fixtures import openlava_cluster  # noqa: F401
 from tests.clusters.slurm.fixtures import slurm_cluster  # noqa: F401
+from tests.docs import set_ups
 
 TOP = Path(__file__).parent.parent.parent
 PAGES = [TOP / "README.md", *sorted((TOP / "docs").glob("*.md"))]
@@ -60,6 +61,28 @@ def test_the_commands_on_the_page_run(page: Path, tmp_path: Path) -> None:
                 # Those with a task environment need one; the test of the demo runs them.
                 if words[0] == "fractal-runner" and "--task-env" not in words:
                     run([program, *words[1:]], tmp_path)
+
+
+def test_the_page_on_the_configuration_shows_what_is_printed_of_its_set_ups() -> None:
+    page = set_ups.PAGE.read_text()
+
+    assert set_ups.written(page) == page
+    assert page.count("# /home/mona/.config/fractal-runner/site.yaml") == 0
+    assert page.count("# site: /home/mona/.config/fractal-runner/site.yaml:") == 4
+
+
+def test_the_executor_on_its_page_is_short_and_keeps_the_contract(tmp_path: Path) -> None:
+    page = TOP / "docs" / "writing-executors.md"
+    files = {title: text for _, title, text in blocks(page) if title is not None}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_thread_per_call.py"]
+    printed = run(command, tmp_path)
+
+    assert re.search(r"\b[4-9]\d passed", printed), printed
+    code = [line for line in files["thread_per_call.py"].splitlines() if line.strip()]
+    assert len(code) <= 32
 
 
 def test_every_page_that_is_linked_exists() -> None:

@@ -28,7 +28,7 @@ from fractal_runner import (
     WorkflowTask,
     process_workflow,
 )
-from fractal_runner.executors import registry
+from fractal_runner.executors import factories, registry
 from fractal_runner.executors.cpus import THREAD_VARIABLES, usable_cpus
 from fractal_runner.worker.evidence import read_ledger
 from tests.executors.batch import standin
@@ -162,13 +162,13 @@ async def test_what_is_no_executor_is_a_type_error(run: Any, choice: Any) -> Non
 
 
 def test_checking_makes_nothing() -> None:
-    registry.check("process", {"max_workers": 1})
+    factories.check("process", {"max_workers": 1})
 
     assert not multiprocessing.active_children()
 
 
 def test_workers_default_to_the_cpus_that_may_be_used() -> None:
-    with registry.make("thread") as pool:
+    with factories.make("thread") as pool:
         assert isinstance(pool, ThreadExecutor)
         assert pool.max_workers == pool.max_cpus == usable_cpus() >= 1
 
@@ -244,7 +244,7 @@ async def test_a_task_may_name_an_executor_of_its_own(run: Any) -> None:
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[StandIn]:
     """The stand-ins that are made; their class bears the name "batch"."""
-    monkeypatch.setitem(registry._PLACES, "batch", standin.PLACE)
+    monkeypatch.setitem(factories._PLACES, "batch", standin.PLACE)
     monkeypatch.setattr(StandIn, "made", [])
     return StandIn.made
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fractal_runner import JobExecutionError, Task, TaskExecutionError, ThreadExecutor, WorkflowTask
-from fractal_runner.executors import registry
+from fractal_runner.executors import factories
 from fractal_runner.executors.calls import CallOptions
 from fractal_runner.workflow.identity import task_content, unit_digest
 from fractal_runner.workflow.meta import read_meta
@@ -208,7 +208,7 @@ class Absent(StandIn):
 async def test_what_an_executor_of_one_task_refuses_fails_that_task(
     *, run: Any, parallel: Any, query: Any, monkeypatch: pytest.MonkeyPatch, kind: str, message: str
 ) -> None:
-    monkeypatch.setitem(registry._PLACES, "other", f"{__name__}:{kind}")
+    monkeypatch.setitem(factories._PLACES, "other", f"{__name__}:{kind}")
     meta = {"executor": "other", "nodes": 1}
 
     with pytest.raises(JobExecutionError, match=f"The executor 'other' refuses the task: {message}"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import threading
 import weakref
@@ -21,6 +22,7 @@ from typing import Any, ClassVar, TypedDict, get_type_hints
 from fractal_runner.errors import ExecutorError
 from fractal_runner.executors.base import Executor, View, info_of
 from fractal_runner.executors.batch.adoption import Adoption
+from fractal_runner.executors.batch.commands import parse_words
 from fractal_runner.executors.batch.files import make_folder
 from fractal_runner.executors.batch.jobs import Item
 from fractal_runner.executors.batch.manager import Manager
@@ -183,6 +185,22 @@ class BatchExecutor(Executor):
         close_when_gone(self, self._manager)
 
     @classmethod
+    def unusable(cls, options: Mapping[str, Any]) -> str | None:
+        prefix = parse_words("command_prefix", options.get("command_prefix") or ())
+        # Behind a prefix the commands are somewhere else, and this machine needs only what leads there.
+        words = [prefix[0]] if prefix else cls._programs(options)
+        missing = [word for word in words if shutil.which(word) is None]
+        if not missing:
+            return None
+        advice = "" if prefix else ": take a login node, or say by command_prefix how to reach one"
+        return f"no {missing[0]} on PATH{advice}"
+
+    @classmethod
+    def _programs(cls, options: Mapping[str, Any]) -> Sequence[str]:
+        """The scheduler's commands that have to be there, given the arguments of the constructor."""
+        return ()
+
+    @classmethod
     def _check_words(cls, options: Mapping[str, Any]) -> None:
         """Whether these are all arguments that batch executors take, whatever their schedulers are called.
 
@@ -315,6 +333,7 @@ class BatchExecutor(Executor):
         packed = PackedCall(
             *(call.name, call.key, function, arguments, self._packed_context(call)),
             timeout=call.options.timeout,
+            map_index=call.options.map_index,
         )
         call.fn, call.args, call.kwargs = _submitted_earlier, (), {}  # it may wait for long
         return packed

@@ -15,7 +15,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Hashable, Iterator
+from collections import Counter
+from collections.abc import Hashable
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
@@ -98,9 +99,11 @@ class _JobCall(Call):
 
     __slots__ = ("stored",)
 
-    def __init__(self, stored: StoredCall, cpus: int) -> None:
-        options = CallOptions(name=stored.name, key=stored.key, cpus=cpus, timeout=stored.timeout)
-        super().__init__(len, (), {}, options=options)
+    def __init__(self, stored: StoredCall, cpus: int, attempt: int) -> None:
+        options = CallOptions(
+            name=stored.name, key=stored.key, cpus=cpus, timeout=stored.timeout, map_index=stored.map_index
+        )
+        super().__init__(len, (), {}, options=options, attempt=attempt)
         self.stored = stored
 
 
@@ -144,7 +147,7 @@ class _Job:
         sys.path.extend(place for place in self.payload.header["search"] if place not in sys.path)
         for name, level in self.payload.header["levels"].items():
             logging.getLogger(name or None).setLevel(level)
-        done = set(self._ended_earlier())
+        starts, done = self._earlier_records()
         terms = self.payload.terms
         station.serve_this_job(sum(stored.place not in done for stored in calls))
         with self._signals():
@@ -158,7 +161,7 @@ class _Job:
             )
             for stored in calls:
                 if stored.place not in done:
-                    call = _JobCall(stored, terms.cpus)
+                    call = _JobCall(stored, terms.cpus, starts[stored.place] + 1)
                     self._calls[stored.place], self._futures[stored.place] = call, call.future
             for future in list(self._futures.values()):
                 future.add_done_callback(lambda _: self._changed.set())
@@ -261,13 +264,18 @@ class _Job:
             for _, slot in dispatcher.slots_of([call]):
                 slot.worker.stop(call)
 
-    def _ended_earlier(self) -> Iterator[int]:
-        """The calls that have ended in earlier starts of this job."""
+    def _earlier_records(self) -> tuple[Counter[int], set[int]]:
+        """Of the earlier starts of this job: how often they started each call, and those that have ended."""
+        starts: Counter[int] = Counter()
+        done: set[int] = set()
         for start in range(self._earlier):
             with suppress(FileNotFoundError):
                 for record in Tail(self._files.records(self._number, start)).read():
-                    if record.kind in (Kind.END, Kind.FAIL):
-                        yield record.fields["c"]
+                    if record.kind == Kind.START:
+                        starts[record.fields["c"]] += 1
+                    elif record.kind in (Kind.END, Kind.FAIL):
+                        done.add(record.fields["c"])
+        return starts, done
 
     def _find_payload(self) -> Payload:
         deadline = time.monotonic() + _PAYLOAD_S
@@ -345,7 +353,7 @@ class _JobWorker(KeptForkWorker):
         self._write(Kind.START, pid=self.pid, t=time.time())
 
     def _dump(self, call: Call) -> bytes | memoryview:
-        return dump(child.CALL, self._call.stored.bound())
+        return dump(child.CALL, self._call.stored.bound(*child.about_call(call)))
 
     def _dump_context(self, call: Call) -> bytes:
         return self._job.payload.blob(self._call.stored.context)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Unpack
+from typing import Any, ClassVar, Unpack
 
 from fractal_runner.executors.batch.base import BatchExecutor, BatchOptions
+from fractal_runner.executors.batch.commands import parse_words
 from fractal_runner.executors.batch.lsf_scheduler import LsfScheduler
 from fractal_runner.executors.batch.lsf_submission import MemoryPer, MemoryUnit
 from fractal_runner.quantities import optional, parse_count, parse_time
@@ -64,6 +65,14 @@ class LsfExecutor(BatchExecutor):
         "requeue": "rerunnable",
         "time": "walltime",
     }
+
+    @classmethod
+    def _programs(cls, options: Mapping[str, Any]) -> Sequence[str]:
+        commands = [
+            (name, options.get(name) or name.removesuffix("_cmd"))
+            for name in ("bsub_cmd", "bjobs_cmd", "bkill_cmd")
+        ]
+        return [parse_words(name, said, least=1)[0] for name, said in commands]
 
     def __init__(
         self,

@@ -46,6 +46,7 @@ class PackedCall:
         context: what it sees of the executor's context, pickled.
         timeout: seconds after which it is ended.
         tries: how many jobs it has been given to before, none of which started it.
+        map_index: its place among those of one `map`.
     """
 
     name: str
@@ -55,6 +56,7 @@ class PackedCall:
     context: bytes
     timeout: float | None = None
     tries: int = 0
+    map_index: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +115,7 @@ def write_payload(
                 (
                     *(call.name, call.key, blobs.setdefault(call.function, len(blobs))),
                     *(blobs.setdefault(call.context, len(blobs)), len(call.arguments)),
-                    *(call.timeout, call.tries),
+                    *(call.timeout, call.tries, call.map_index),
                 )
             )
             arguments.append(call.arguments)
@@ -194,10 +196,17 @@ class Payload:
         start, head, size, _, checksum = self.header["slices"][number]
         body = self._read(self._slices_at + start + head, size, checksum)
         found, offset = [], 0
-        for place, (name, key, function, context, length, timeout, tries) in enumerate(index):
+        for place, (name, key, function, context, length, timeout, tries, map_index) in enumerate(index):
             arguments = body[offset : offset + length]
             offset += length
-            found.append(StoredCall(self, place, name, key, function, context, arguments, timeout, tries))
+            found.append(
+                StoredCall(
+                    *(self, place, name, key, function, context, arguments),
+                    timeout=timeout,
+                    tries=tries,
+                    map_index=map_index,
+                )
+            )
         return found
 
     def blob(self, number: int) -> bytes:
@@ -223,7 +232,7 @@ class StoredCall:
 
     Attributes:
         place: which of its job's calls it is.
-        name, key, arguments, timeout, tries: see `PackedCall`.
+        name, key, arguments, timeout, tries, map_index: see `PackedCall`.
         function, context: their numbers among the blobs.
     """
 
@@ -236,10 +245,11 @@ class StoredCall:
     arguments: bytes
     timeout: float | None
     tries: int
+    map_index: int | None
 
-    def bound(self) -> Bound:
-        """The call as what a worker process unpickles."""
-        return Bound(self.payload.path, *self.payload.place_of(self.function), self.arguments)
+    def bound(self, *about: Any) -> Bound:
+        """The call as what a worker process unpickles; `about` follows its function and arguments."""
+        return Bound(self.payload.path, *self.payload.place_of(self.function), self.arguments, *about)
 
     def packed(self) -> PackedCall:
         """The call, to be sent once more."""
@@ -248,11 +258,12 @@ class StoredCall:
             *(self.name, self.key, payload.blob(self.function), self.arguments, payload.blob(self.context)),
             timeout=self.timeout,
             tries=self.tries,
+            map_index=self.map_index,
         )
 
 
 class Bound:
-    """A call that becomes function, arguments and named arguments when it is unpickled."""
+    """A call that becomes function, arguments, named arguments and what follows when it is unpickled."""
 
     __slots__ = ("_parts",)
 
@@ -263,10 +274,12 @@ class Bound:
         return _unbound, self._parts
 
 
-def _unbound(path: str, offset: int, size: int, checksum: int, arguments: bytes) -> tuple[Any, ...]:
+def _unbound(
+    path: str, offset: int, size: int, checksum: int, arguments: bytes, *about: Any
+) -> tuple[Any, ...]:
     fn = _function(path, offset, size, checksum)
     args, kwargs = pickle.loads(arguments)
-    return fn, args, kwargs
+    return fn, args, kwargs, *about
 
 
 @functools.lru_cache(maxsize=64)

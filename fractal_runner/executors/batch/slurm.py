@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Unpack
+from typing import Any, ClassVar, Unpack
 
 from fractal_runner.executors.batch.base import BatchExecutor, BatchOptions
 from fractal_runner.executors.batch.slurm_scheduler import SlurmScheduler
@@ -51,6 +51,10 @@ class SlurmExecutor(BatchExecutor):
         "rerunnable": "requeue",
         "walltime": "time",
     }
+
+    @classmethod
+    def _programs(cls, options: Mapping[str, Any]) -> Sequence[str]:
+        return ("sbatch", "squeue", "scancel")
 
     def __init__(
         self,

@@ -52,6 +52,9 @@ def _detached(duplicate: Any) -> InheritedFd:
     return InheritedFd(duplicate.detach())
 
 
+_NO_OPTIONS = CallOptions()
+_NOTHING_ABOUT = (None, None, 1)  # key, place in a map, attempt
+
 Raised = tuple[bytes | None, str, str, str, str]  # pickled or not, module, name, message, traceback
 
 
@@ -112,7 +115,7 @@ def serve(connection: Connection, setup: Setup) -> None:
                 settings = pickle.loads(message[1:])
                 _settle(settings, contexts)
                 continue
-            fn, args, kwargs = pickle.loads(message[1:])
+            fn, args, kwargs, *told = pickle.loads(message[1:])
         except BaseException as error:
             # Settings are what a call needs: its own message comes next, and is answered instead.
             if message[:1] == SETTINGS:
@@ -122,7 +125,16 @@ def serve(connection: Connection, setup: Setup) -> None:
             continue
         finally:
             del message
-        call = Call(fn, args, kwargs, options=CallOptions(), context=contexts[settings.context[0]])
+        key, map_index, attempt = told or _NOTHING_ABOUT
+        options = _NO_OPTIONS if map_index is None else CallOptions(map_index=map_index)
+        call = Call(
+            *(fn, args, kwargs),
+            options=options,
+            context=contexts[settings.context[0]],
+            name=settings.name,
+            key=key,
+            attempt=attempt,
+        )
         _do(reporter, call)
         del fn, args, kwargs, call
 
@@ -136,6 +148,12 @@ def run_once(connection: Connection, setup: Setup, call: Call) -> None:
     bear_name(call.name)
     reporter.send(STARTED)
     _do(reporter, call)
+
+
+def about_call(call: Call) -> tuple[Any, ...]:
+    """What a worker process is told of a call beside function and arguments: nothing, of most."""
+    said = call.key, call.options.map_index, call.attempt
+    return () if said == _NOTHING_ABOUT else said
 
 
 def levels_in_force() -> dict[str, int]:

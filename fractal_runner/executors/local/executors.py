@@ -234,10 +234,14 @@ class ForkExecutor(LocalExecutor):
     isolates = True
     kills = True
 
+    @classmethod
+    def unusable(cls, options: Mapping[str, Any]) -> str | None:
+        if hasattr(os, "pidfd_open"):
+            return None
+        return f"ForkExecutor needs Linux 5.3 or newer, and this is {sys.platform}: take SpawnExecutor"
+
     @staticmethod
     def _maker(surroundings: Surroundings) -> Callable[[Dispatcher], Worker]:
-        if not hasattr(os, "pidfd_open"):
-            raise NotImplementedError(
-                f"ForkExecutor needs Linux 5.3 or newer, and this is {sys.platform}: take SpawnExecutor"
-            )
+        if problem := ForkExecutor.unusable({}):
+            raise NotImplementedError(problem)
         return lambda dispatcher: ForkWorker(surroundings)

@@ -57,14 +57,18 @@ def has_output(message: memoryview) -> bool:
     return message[1:2] == child.PRINTED
 
 
-def dump_call(call: Call) -> memoryview:
+def dump_call(call: Call, about: tuple[Any, ...] = ()) -> memoryview:
     """The message of a call.
+
+    Args:
+        call: the call.
+        about: what follows function and arguments; see `child.about_call`.
 
     Raises:
         ExecutorError: naming the argument, if something of it cannot be pickled.
     """
     try:
-        return dump(child.CALL, (call.fn, call.args, call.kwargs))
+        return dump(child.CALL, (call.fn, call.args, call.kwargs, *about))
     except Exception as error:  # pickling runs the arguments' own code
         named = [("the function", call.fn)]
         named += [(f"argument {place} (counted from 0)", value) for place, value in enumerate(call.args)]

@@ -251,7 +251,7 @@ class KeptProcessWorker(_ProcessWorker):
 
     def _dump(self, call: Call) -> bytes | memoryview:
         """The call as a message to its process."""
-        return dump_call(call)
+        return dump_call(call, child.about_call(call))
 
     def _dump_context(self, call: Call) -> bytes:
         """What the call sees of the context, as a pickle."""

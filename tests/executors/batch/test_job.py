@@ -16,6 +16,7 @@ import cloudpickle
 import pytest
 
 import fractal_runner
+from fractal_runner import current_call
 from fractal_runner.executors.batch.files import ArrayFiles
 from fractal_runner.executors.batch.job import DONE, DRAINED, STOPPED
 from fractal_runner.executors.batch.payload import PackedCall, Terms, write_payload
@@ -222,6 +223,26 @@ def test_the_same_job_started_again_goes_on_with_what_has_not_ended(
     again = [(record.kind, record.fields.get("c")) for record in Tail(jobs.files.records(0, 1)).read()]
     assert again[1:] == [("start", 1), ("end", 1), ("start", 2), ("end", 2), ("close", None)]
     assert (tmp_path / "first").read_text() == (tmp_path / "last").read_text() == "ran\n"
+
+
+def test_a_call_that_is_started_again_knows_it(jobs: Jobs, gate: Gate) -> None:
+    wait = gate.wait
+
+    def attempt() -> int:
+        if current_call().attempt == 1:
+            wait()
+        return current_call().attempt
+
+    jobs.give(attempt, lambda: current_call().attempt)
+    process = jobs.start()
+    gate.await_arrivals(1)
+    end_session(process.pid)
+    process.wait(timeout=PATIENCE_S)
+
+    jobs.run()
+
+    ends = [record for record in jobs.said() if record.kind == Kind.END]
+    assert [result_of(record) for record in ends] == [2, 1]
 
 
 def test_a_job_that_has_ended_does_nothing_when_it_is_started_again(jobs: Jobs, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from fractal_runner.executors import registry
+from fractal_runner.executors import factories
 from fractal_runner.executors.batch.base import BatchExecutor, BatchOptions
 from fractal_runner.executors.batch.lsf import LsfExecutor
 from fractal_runner.executors.batch.lsf_scheduler import LsfScheduler
@@ -162,7 +162,7 @@ def test_every_argument_is_known_by_name() -> None:
     arguments = inspect.signature(LsfExecutor).parameters.keys() - {"options"}
     known = arguments | get_type_hints(BatchOptions).keys()
     assert {"folder", "queue", "bsub_extra", "poll_interval", "calls_per_job"} <= known
-    registry.check("lsf", dict.fromkeys(known - {"context"}))
+    factories.check("lsf", dict.fromkeys(known - {"context"}))
 
 
 @pytest.mark.parametrize(
@@ -181,17 +181,17 @@ def test_the_nearest_argument_is_named(typo: str, meant: str) -> None:
     with pytest.raises(
         ValueError, match=f"unknown option {typo!r} of executor 'lsf': did you mean {meant!r}"
     ):
-        registry.check("lsf", {typo: 1})
+        factories.check("lsf", {typo: 1})
 
 
 @pytest.mark.parametrize("name", ["context", "options", "scheduler", "run"])
 def test_what_a_configuration_cannot_give_is_unknown_to_it(name: str) -> None:
     with pytest.raises(ValueError, match=f"unknown option {name!r} of executor 'lsf'"):
-        registry.check("lsf", {name: 1})
+        factories.check("lsf", {name: 1})
 
 
 def test_an_executor_is_made_by_name(tmp_path: Path) -> None:
-    executor = registry.make("lsf", {"folder": str(tmp_path / "jobs"), "queue": "q", "max_jobs": 2})
+    executor = factories.make("lsf", {"folder": str(tmp_path / "jobs"), "queue": "q", "max_jobs": 2})
     try:
         assert isinstance(executor, LsfExecutor)
         assert executor._options.queue == "q"
