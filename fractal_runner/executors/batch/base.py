@@ -163,12 +163,12 @@ class BatchExecutor(Executor):
         )
         self.scheduler = scheduler
         # Not a method of this object: the manager, which has it, must not keep this object from being let go.
-        self._seen_as = partial(_seen_as, {str(Path(a)): str(b) for a, b in (path_map or {}).items()})
+        self.seen_as = partial(_seen_as, {str(Path(a)): str(b) for a, b in (path_map or {}).items()})
         self.folder = Path(folder).expanduser().absolute()  # made when something is put there
         self._manager = Manager(
             scheduler,
             self.folder,
-            seen_as=self._seen_as,
+            seen_as=self.seen_as,
             packing=self._packing,
             limits=limits,
             name=self.name,
@@ -209,7 +209,7 @@ class BatchExecutor(Executor):
             if self._adoption is None:
                 make_folder(self.folder)
                 self._adoption = Adoption(
-                    self.folder, self.scheduler, seen_as=self._seen_as, own=self._manager.is_own
+                    self.folder, self.scheduler, seen_as=self.seen_as, own=self._manager.is_own
                 )
             found = self._adoption.find(key)
             if found is None:
