@@ -7,12 +7,10 @@ the call that it has started, if it has, and nothing else.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
-import threading
 import uuid
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from distributed.security import Security
@@ -69,14 +67,20 @@ class Crew:
         thread: the loop's.
         deliverer: what ends calls.
         max_workers: how many workers are borrowed at most.
-        name: the executor's.
+        contexts: what has a number that calls are sent with.
     """
 
-    def __init__(self, thread: LoopThread, deliverer: Deliverer, *, max_workers: int, name: str) -> None:
+    def __init__(
+        self,
+        thread: LoopThread,
+        deliverer: Deliverer,
+        *,
+        max_workers: int,
+        contexts: Callable[[int], bytes],
+    ) -> None:
         self._thread = thread
         self._deliverer = deliverer
         self._max_workers = max_workers
-        self._name = name
         self._id = uuid.uuid4().hex
         self._incoming: deque[Item] = deque()  # put by any thread
         self._told = False  # whether the loop's thread is about to look there; set by any thread
@@ -84,9 +88,7 @@ class Crew:
         self._items: dict[int, Item] = {}  # all that have not ended; read by any thread in single steps
         self._loans: dict[str, Loan] = {}
         self._lost: dict[str, Item] = {}  # what had started on workers that are being ended
-        self._numbering = threading.Lock()  # guards that contexts have different numbers
-        self._contexts: dict[int, bytes] = {}
-        self._numbers: dict[bytes, int] = {}  # of contexts, by their digests
+        self._contexts = contexts
         self._levels: dict[str, int] = {}
         self._levels_at = 0.0
         self._wants = 0  # as the desk knows it
@@ -120,14 +122,6 @@ class Crew:
     def running(self, call_id: int) -> Item | None:
         """A call that has not ended."""
         return self._items.get(call_id)
-
-    def number_of_context(self, data: bytes) -> int:
-        """The number of a context, for all calls that see the same. From any thread."""
-        digest = hashlib.sha256(data).digest()
-        with self._numbering:
-            number = self._numbers.setdefault(digest, len(self._numbers) + 1)
-            self._contexts.setdefault(number, data)
-        return number
 
     # In the loop's thread
 
@@ -231,7 +225,7 @@ class Crew:
                 loan.contexts.clear()
                 messages.append(("forget",))
             loan.contexts.add(item.context)
-            messages.append(("context", item.context, self._contexts[item.context]))
+            messages.append(("context", item.context, self._contexts(item.context)))
         options = item.call.options
         order = (item.id, item.name, item.data, item.context, options.cpus, options.timeout)
         loan.stream.send(*messages, ("call", *order))

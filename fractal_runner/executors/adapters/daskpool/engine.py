@@ -11,11 +11,12 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from fractal_runner.errors import ExecutorError
+from fractal_runner.executors.adapters.daskpool.contexts import Contexts, forget_given
 from fractal_runner.executors.adapters.daskpool.crew import Crew
 from fractal_runner.executors.adapters.daskpool.items import Item
 from fractal_runner.executors.adapters.daskpool.loops import Deliverer, LoopThread
@@ -24,10 +25,8 @@ from fractal_runner.executors.adapters.daskpool.terms import LARGEST_MESSAGE, Po
 from fractal_runner.executors.adapters.daskpool.warm import PoolRecord
 from fractal_runner.executors.calls import Call
 from fractal_runner.executors.local.reports import dump_call
-from fractal_runner.executors.local.workers import dump_context
 from fractal_runner.quantities import format_size
 
-_FILTERS_LIMIT = 32
 _LOOK_S = 0.5
 _logger = logging.getLogger("fractal_runner")
 
@@ -63,7 +62,7 @@ class PoolEngine:
         self._thread: LoopThread
         self._deliverer: Deliverer
         self._closing = False
-        self._filters = _Filters()
+        self._contexts = Contexts()
 
     def put(self, call: Call, retries: int) -> None:
         crew = self._crew or self._begin()
@@ -73,9 +72,8 @@ class PoolEngine:
                 f"The call {call.name!r} cannot be sent to a worker: its arguments are "
                 f"{format_size(len(data))}, and a message holds {format_size(LARGEST_MESSAGE)}"
             )
-        context = self._filters.number_of(call, crew)
-        call.fn, call.args, call.kwargs = _travelled, (), {}  # it may wait for long
-        item = Item(call, data, context, retries)
+        item = Item(call, data, self._contexts.number_of(call), retries)
+        forget_given(call)
         call.future.add_done_callback(partial(_tell_cancelled, crew, item))
         crew.put(item)
 
@@ -113,7 +111,9 @@ class PoolEngine:
             if self._crew is None:
                 self._thread = LoopThread(f"{self._name}-loop")
                 self._deliverer = Deliverer(f"{self._name}-ends")
-                crew = Crew(self._thread, self._deliverer, max_workers=self._max_workers, name=self._name)
+                crew = Crew(
+                    self._thread, self._deliverer, max_workers=self._max_workers, contexts=self._contexts.data
+                )
                 self._ender = threading.Thread(target=self._end, name=f"{self._name}-end", daemon=True)
                 self._opening = self._thread.begin(self._open(crew))
                 self._crew = crew
@@ -161,32 +161,6 @@ class PoolEngine:
                 shutil.rmtree(self._temporary, ignore_errors=True)
 
 
-class _Filters:
-    """Which contexts calls see, by their filters: each is pickled once. `_lock` guards what there is."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        # A function that filters is only ever itself, and is kept so that no other one gets its id.
-        self._known: dict[Hashable, tuple[int, object]] = {}
-
-    def number_of(self, call: Call, crew: Crew) -> int:
-        chosen = call.options.context_filter
-        key: Hashable = chosen if chosen is None or isinstance(chosen, frozenset) else id(chosen)
-        with self._lock:
-            if (known := self._known.get(key)) is not None:
-                return known[0]
-        number = crew.number_of_context(dump_context(call))  # which runs others' code
-        with self._lock:
-            if len(self._known) >= _FILTERS_LIMIT:
-                self._known.clear()
-            self._known[key] = number, chosen
-        return number
-
-
 def _tell_cancelled(crew: Crew, item: Item, future: Any) -> None:
     if future.cancelled():
         crew.cancelled(item)
-
-
-def _travelled(*_: Any, **__: Any) -> None:
-    raise AssertionError("a call that has travelled is run here")
