@@ -15,6 +15,8 @@ from fractal_runner.executors.adapters.daskpool.terms import PoolTerms, WorkerEn
 class Hosts:
     """Notes what it is told."""
 
+    grace_s = 0.0
+
     def __init__(self, told: Callable[[str, WorkerEnd], None]) -> None:
         self.told = told
         self.launches: list[list[str]] = []

@@ -29,7 +29,14 @@ _logger = logging.getLogger("fractal_runner")
 
 
 class Hosts(Protocol):
-    """What starts and ends workers. The desk is told of each one's end, once, in the loop's thread."""
+    """What starts and ends workers. The desk is told of each one's end, once, in the loop's thread.
+
+    Attributes:
+        grace_s: seconds within which it tells by itself how a worker has ended that is lost, and better than
+            if it was told to end it.
+    """
+
+    grace_s: float
 
     def launch(self, names: Sequence[str]) -> None:
         """Start a worker of each of these names. What goes wrong with it is its end."""
@@ -87,6 +94,7 @@ class Desk(SchedulerPlugin):
         terms: the pool's.
         name: the pool's, which no other one has or had: what its workers are named after.
         hosts: makes what starts workers, given what is to be told of their ends.
+        on_end: is called when a client says that the pool is to end; None if that is not for clients to say.
         clock: seconds, which never go back.
     """
 
@@ -98,8 +106,11 @@ class Desk(SchedulerPlugin):
         terms: PoolTerms,
         name: str,
         hosts: Callable[[Callable[[str, WorkerEnd], None]], Hosts],
+        *,
+        on_end: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._on_end = on_end
         self._thread = thread
         self._terms = terms
         self._pool = name
@@ -187,6 +198,9 @@ class Desk(SchedulerPlugin):
             member.users.add(client)
             self._take_back(client, name)
             self._end(member, gently=False)
+        elif kind == "end" and self._on_end is not None:
+            client.stream.send(("end", {}))
+            self._on_end()
         elif kind == "status":
             client.stream.send(("status", self.status()))
         else:
@@ -265,6 +279,9 @@ class Desk(SchedulerPlugin):
         if member.ending:
             return
         member.ending = True
+        if member.address is not None and not gently and self._hosts.grace_s:
+            self._thread.loop.call_later(self._hosts.grace_s, self._end_overdue, member)
+            return
         if not gently or member.address is None or member.address not in self._scheduler.workers:
             self._hosts.end(member.name)
             return

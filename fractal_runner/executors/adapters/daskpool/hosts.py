@@ -7,6 +7,7 @@ ours: an array per launch, through the cluster's own commands, with its words wh
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -25,6 +26,8 @@ MakeTerms = Callable[[str], WorkerTerms]
 
 _LEAVE_S = 60.0  # for the end of jobs, once they have been cancelled
 _CANCEL_EVERY_S = 10.0
+_logger = logging.getLogger("fractal_runner")
+_UNKNOWN = frozenset({verdicts.LOST, verdicts.NO_EVIDENCE})  # it may still run where nobody reaches it
 _REFUSED = frozenset({verdicts.REFUSED, verdicts.NOT_SUBMITTED})  # another worker would meet the same
 
 
@@ -38,6 +41,8 @@ class LocalHosts:
         make_terms: how the worker of a name is started.
         told: is told of each one's end, in the loop's thread.
     """
+
+    grace_s = 0.5
 
     def __init__(self, thread: LoopThread, make_terms: MakeTerms, told: Told) -> None:
         self._loop = thread
@@ -96,6 +101,8 @@ class ClusterHosts:
         told: is told of each one's end, in the loop's thread.
     """
 
+    grace_s = 5.0  # its job's records may come late
+
     def __init__(
         self,
         thread: LoopThread,
@@ -141,6 +148,9 @@ class ClusterHosts:
                 for name in list(self._futures):
                     self.end(name)
         await asyncio.to_thread(self._executor.shutdown)
+        left = await asyncio.to_thread(self._executor.wait_for_jobs, _LEAVE_S)
+        for job, words in left.items():
+            _logger.warning("job %s of a pool's worker is still in its cluster: %s", job, words)
 
     def _heard(self, name: str, future: Future[Any]) -> None:
         self._loop.soon(self._ended, name, _end_of(future))
@@ -163,5 +173,11 @@ def _end_of(future: Future[Any]) -> WorkerEnd:
     if isinstance(error, JobExecutionError):
         # The executor has seen its records end, or its scheduler has said that the job is over.
         text = f"has gone with its job {error.job_id or ''}".rstrip() + f": {error}"
-        return WorkerEnd(text, error.returncode, error.reason, refused=error.reason in _REFUSED)
+        return WorkerEnd(
+            text,
+            error.returncode,
+            error.reason,
+            refused=error.reason in _REFUSED,
+            clean=error.reason not in _UNKNOWN,
+        )
     return WorkerEnd(f"could not be started: {error}", refused=True)

@@ -40,6 +40,7 @@ class Pool:
         terms: what it is.
         folder: for its certificate, its workers' logs and, of a cluster's, for its jobs; on a file system
             that all workers see.
+        on_end: is called when a client says that the pool is to end; None if that is not for clients to say.
 
     Raises:
         TypeError, ValueError: if an option of the cluster is not what it should be.
@@ -47,8 +48,16 @@ class Pool:
         OSError: if it cannot be made.
     """
 
-    def __init__(self, thread: LoopThread, terms: PoolTerms, folder: str | os.PathLike[str]) -> None:
+    def __init__(
+        self,
+        thread: LoopThread,
+        terms: PoolTerms,
+        folder: str | os.PathLike[str],
+        *,
+        on_end: Callable[[], None] | None = None,
+    ) -> None:
         self._thread = thread
+        self._on_end = on_end
         self.terms = terms
         self.name = f"fr-{uuid.uuid4().hex[:12]}"
         self._executor = None if terms.workers == LOCAL else make_cluster_executor(terms, folder)
@@ -91,7 +100,7 @@ class Pool:
             interface=self.terms.interface,
             host=None if at_interface else self.terms.host or LOOPBACK,
         )
-        self._desk = Desk(self._thread, self.terms, self.name, self._make_hosts)
+        self._desk = Desk(self._thread, self.terms, self.name, self._make_hosts, on_end=self._on_end)
         await self._desk.open(self._scheduler)
 
     async def close(self) -> None:
@@ -138,7 +147,9 @@ def make_cluster_executor(terms: PoolTerms, folder: str | os.PathLike[str]) -> B
             f"pool: {terms.workers}: {said[0]} is not to be said of a pool's jobs: each has one worker, and "
             "what it has, the pool's cpus, memory and gpus say"
         )
-    options = {"folder": Path(folder) / "jobs", "poll_interval": 5.0, **terms.cluster}
+    # A worker that starts once more would find others with its calls.
+    once = {"slurm": {"requeue": False}}.get(terms.workers, {})
+    options = {"folder": Path(folder) / "jobs", "poll_interval": 5.0, **once, **terms.cluster}
     made: BatchExecutor = chosen(
         **options, calls_per_job=1, parallel_calls_per_job=1, max_workers=terms.max_workers
     )
@@ -167,7 +178,15 @@ def require_dask() -> None:
 _QUIET = {"distributed": "warning", "distributed.comm": "error"}
 _OURS = frozenset(
     {
-        *("calls_per_job", "parallel_calls_per_job", "max_workers", "target_jobs", "max_jobs"),
+        *(
+            "requeue",
+            "rerunnable",
+            "calls_per_job",
+            "parallel_calls_per_job",
+            "max_workers",
+            "target_jobs",
+            "max_jobs",
+        ),
         *("cpus", "cpus_per_task", "cores", "mem", "memory", "gpus", "context"),
         *("target_cpus_per_job", "max_cpus_per_job", "target_memory_per_job", "max_memory_per_job"),
     }
