@@ -20,7 +20,7 @@ from fractal_runner.errors import ExecutorError, JobExecutionError
 from fractal_runner.executors.adapters.daskpool import items
 from fractal_runner.executors.adapters.daskpool.items import Item
 from fractal_runner.executors.adapters.daskpool.loops import Deliverer, LoopThread
-from fractal_runner.executors.adapters.daskpool.streams import Message, Stream
+from fractal_runner.executors.adapters.daskpool.streams import CONNECT_TIMEOUT_S, Message, Stream
 from fractal_runner.executors.adapters.daskpool.terms import (
     CALLS_HANDLER,
     JOIN_HANDLER,
@@ -87,6 +87,7 @@ class Crew:
         self._queue: deque[Item] = deque()
         self._items: dict[int, Item] = {}  # all that have not ended; read by any thread in single steps
         self._loans: dict[str, Loan] = {}
+        self._serving: set[asyncio.Task[Any]] = set()  # one for each of them
         self._lost: dict[str, Item] = {}  # what had started on workers that are being ended
         self._contexts = contexts
         self._levels: dict[str, int] = {}
@@ -158,6 +159,8 @@ class Crew:
         desk, self._desk = self._desk, None
         self._broken = "its executor is shut down"
         await asyncio.gather(*(stream.close() for stream in (*streams, *([desk] if desk else []))))
+        if self._serving:  # a connection that is cancelled while it is made is never closed
+            await asyncio.wait(self._serving, timeout=CONNECT_TIMEOUT_S)
 
     def _turn(self) -> None:
         self._told = False
@@ -259,7 +262,9 @@ class Crew:
         if kind == "lend":
             name, address = said
             loan = self._loans[name] = Loan(name)
-            self._thread.spawn(self._serve(loan, address))
+            task = self._thread.spawn(self._serve(loan, address))
+            self._serving.add(task)
+            task.add_done_callback(self._serving.discard)
         elif kind == "recall":
             self._to_return += said[0]
             self._assign()
@@ -286,7 +291,7 @@ class Crew:
             loan.stream = await Stream.open(
                 address, self._security, CALLS_HANDLER, owner=self._id, search=own_search_path()
             )
-            while True:
+            while self._loans.get(loan.name) is loan:
                 for kind, *said in await loan.stream.read():
                     self._hear_worker(loan, kind, *said)
                 # Log handlers are slower than who logs: the worker has to wait, and what it writes with it.

@@ -17,6 +17,7 @@ from fractal_runner.executors.adapters.daskpool.terms import MARK, WorkerEnd, Wo
 from fractal_runner.executors.local.peers import KILLED_HINT
 from fractal_runner.worker import processes
 
+_NO_PAGES = "DASK_DISTRIBUTED__WORKER__HTTP__ROUTES"  # which have no key
 _TURN_S = 0.1
 _TERM_GRACE_S = 3.0
 _LOG_TAIL_BYTES = 2000
@@ -40,7 +41,7 @@ def run_worker(terms: WorkerTerms, stop: threading.Event | None = None) -> Worke
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            env={**os.environ, MARK: terms.name},
+            env={**os.environ, _NO_PAGES: "[]", MARK: terms.name},
             start_new_session=True,  # a terminal's Ctrl-C is its owner's
         )
     try:

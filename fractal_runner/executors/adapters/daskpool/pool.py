@@ -86,20 +86,25 @@ class Pool:
         Raises:
             OSError: if it cannot listen where it should.
         """
+        import dask
         from distributed import Scheduler
 
         from fractal_runner.executors.adapters.daskpool.desk import Desk
 
         at_interface = self.terms.interface is not None
-        self._scheduler = await Scheduler(
-            security=self.tls.security(),
-            protocol="tls",
-            port=0,
-            dashboard=False,
-            local_directory=str(self.folder),
-            interface=self.terms.interface,
-            host=None if at_interface else self.terms.host or LOOPBACK,
-        )
+        # Its pages of figures have no key: there are none, and where they would be nobody else looks.
+        with dask.config.set({"distributed.scheduler.http.routes": []}):
+            scheduler = Scheduler(
+                security=self.tls.security(),
+                protocol="tls",
+                port=0,
+                dashboard=False,
+                dashboard_address=f"{LOOPBACK}:0",
+                local_directory=str(self.folder),
+                interface=self.terms.interface,
+                host=None if at_interface else self.terms.host or LOOPBACK,
+            )
+        self._scheduler = await scheduler
         self._desk = Desk(self._thread, self.terms, self.name, self._make_hosts, on_end=self._on_end)
         await self._desk.open(self._scheduler)
 
@@ -131,6 +136,7 @@ class Pool:
             cert_file=tls.cert,
             key_file=tls.key,
             interface=self.terms.interface,
+            host=LOOPBACK if self._executor is None and self.terms.interface is None else None,
         )
 
 

@@ -146,6 +146,7 @@ class WorkerTerms:
         folder: where it writes its log and whatever Dask puts down, as its node sees it.
         ca_file, cert_file, key_file: of the pool's TLS, as its node sees them.
         interface: the network interface that it listens at.
+        host: the address that it listens at; None for all that its node has, or those of the interface.
         death_timeout: seconds within which it has to find the scheduler.
         python: the interpreter that it is run by; None for the one that starts it.
     """
@@ -157,6 +158,7 @@ class WorkerTerms:
     cert_file: str
     key_file: str
     interface: str | None = None
+    host: str | None = None
     death_timeout: float = 60.0
     python: str | None = None
 
@@ -170,6 +172,7 @@ class WorkerTerms:
             *("--preload", "fractal_runner.executors.adapters.daskpool.seat"),
             *("--tls-ca-file", self.ca_file, "--tls-cert", self.cert_file, "--tls-key", self.key_file),
             *(() if self.interface is None else ("--interface", self.interface)),
+            *(() if self.host is None else ("--host", self.host)),
         ]
 
 
