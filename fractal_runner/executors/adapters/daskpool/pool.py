@@ -181,7 +181,7 @@ def require_dask() -> None:
         ) from error
 
 
-_QUIET = {"distributed": "warning", "distributed.comm": "error"}
+_QUIET = {"distributed": "warning", "distributed.scheduler": "error"}  # it warns of workers that it ends
 _OURS = frozenset(
     {
         *(
