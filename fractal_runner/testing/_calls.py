@@ -244,6 +244,7 @@ class Calls(Conformance):
 
         assert next(results) == 0
         gate.await_arrivals(1)
+        wait_until(lambda: executor.tasks()[0].state == "running", "it is known to run")
         results.close()
 
         assert executor.pending_count() == 1

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
+from time import monotonic, sleep
 from types import TracebackType
 from typing import Any, ClassVar, TypedDict, get_type_hints
 
@@ -28,7 +29,7 @@ from fractal_runner.executors.batch.jobs import Item
 from fractal_runner.executors.batch.manager import Manager
 from fractal_runner.executors.batch.packing import Packing
 from fractal_runner.executors.batch.payload import PackedCall, StoredCall, Terms
-from fractal_runner.executors.batch.scheduler import Scheduler
+from fractal_runner.executors.batch.scheduler import JobState, Scheduler, SchedulerError
 from fractal_runner.executors.batch.submitting import Limits
 from fractal_runner.executors.calls import Call, CallOptions, TaskInfo
 from fractal_runner.executors.leaving import close_when_gone, wait_at_exit
@@ -38,6 +39,7 @@ from fractal_runner.executors.local.workers import dump_context
 from fractal_runner.quantities import argument, optional, parse_count, parse_size, parse_time
 
 MAX_JOBS = 1000
+_ASK_EVERY_S = 0.5
 PACKING_OPTIONS = frozenset({"tasks_per_job", "parallel_tasks_per_job"})
 
 
@@ -165,12 +167,12 @@ class BatchExecutor(Executor):
         )
         self.scheduler = scheduler
         # Not a method of this object: the manager, which has it, must not keep this object from being let go.
-        self._seen_as = partial(_seen_as, {str(Path(a)): str(b) for a, b in (path_map or {}).items()})
+        self.seen_as = partial(_seen_as, {str(Path(a)): str(b) for a, b in (path_map or {}).items()})
         self.folder = Path(folder).expanduser().absolute()  # made when something is put there
         self._manager = Manager(
             scheduler,
             self.folder,
-            seen_as=self._seen_as,
+            seen_as=self.seen_as,
             packing=self._packing,
             limits=limits,
             name=self.name,
@@ -227,7 +229,7 @@ class BatchExecutor(Executor):
             if self._adoption is None:
                 make_folder(self.folder)
                 self._adoption = Adoption(
-                    self.folder, self.scheduler, seen_as=self._seen_as, own=self._manager.is_own
+                    self.folder, self.scheduler, seen_as=self.seen_as, own=self._manager.is_own
                 )
             found = self._adoption.find(key)
             if found is None:
@@ -243,6 +245,31 @@ class BatchExecutor(Executor):
             future = item.future
             self._manager.take_on(item, job)
             return future
+
+    def wait_for_jobs(self, seconds: float) -> dict[str, str]:
+        """Wait until the scheduler has no jobs of this executor any more: a job takes a moment to end.
+
+        Args:
+            seconds: for which to wait at most.
+
+        Returns:
+            The ids of those that it still has, each with the scheduler's words; of all, without an answer.
+        """
+        jobs = self._manager.recent_jobs()
+        deadline = monotonic() + seconds
+        while True:
+            try:
+                states = self.scheduler.states(jobs)
+                left = {
+                    job: states[job].detail or states[job].state.name
+                    for job in jobs
+                    if job in states and states[job].state in (JobState.QUEUED, JobState.RUNNING)
+                }
+            except SchedulerError as error:
+                left = dict.fromkeys(jobs, str(error))
+            if not left or monotonic() >= deadline:
+                return left
+            sleep(_ASK_EVERY_S)  # a scheduler tells nobody that a job has ended
 
     def _call_of(self, stored: StoredCall) -> Call:
         options = CallOptions(key=stored.key, name=stored.name, timeout=stored.timeout)

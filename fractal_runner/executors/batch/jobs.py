@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
@@ -17,6 +18,7 @@ from fractal_runner.executors.batch.scheduler import ArrayRequest, JobState, Job
 from fractal_runner.executors.calls import Call
 
 LOG_TAIL_BYTES = 4096
+_REMEMBERED_JOBS = 10_000
 _logger = logging.getLogger("fractal_runner")
 
 
@@ -227,6 +229,7 @@ class Roster:
         places: how many calls they run at a time, together.
         running: calls that are known to run, by id; for whoever looks, from any thread.
         names: of all arrays that were made here.
+        submitted: the ids of the jobs that were submitted last, each with the name of its array; likewise.
     """
 
     def __init__(self) -> None:
@@ -234,6 +237,7 @@ class Roster:
         self.places = 0
         self.running: dict[int, Item] = {}
         self.names: set[str] = set()
+        self.submitted: deque[tuple[str, str]] = deque(maxlen=_REMEMBERED_JOBS)
 
     def add(self, job: Job) -> None:
         if job not in self.jobs:

@@ -126,6 +126,10 @@ class Manager:
         """A call that is known to run."""
         return self._roster.running.get(call_id)
 
+    def recent_jobs(self) -> dict[str, str]:
+        """The ids of the jobs that were submitted last, each with the name of its array."""
+        return dict(list(self._roster.submitted))
+
     def is_own(self, name: str) -> bool:
         """Whether an array is of this manager's making."""
         return name in self._roster.names
@@ -226,6 +230,9 @@ class Manager:
         return None if due == math.inf else max(0.0, due - self._clock())
 
     def _submitted(self, array: Array) -> None:
+        self._roster.submitted.extend(
+            (job.id, array.request.name) for job in array.jobs if job.id is not None
+        )
         self._stopping.submitted(array)
         self._following.hasten()
 

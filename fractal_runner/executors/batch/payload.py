@@ -127,7 +127,7 @@ def write_payload(
         "python": PYTHON,
         "package": fractal_runner.__version__,
         "made": time.time(),
-        "search": _own_search_path(),
+        "search": own_search_path(),
         "levels": dict(levels),
         "terms": {
             name: dict(value) if isinstance(value, Mapping) else value
@@ -303,7 +303,7 @@ def _first_line(header: bytes) -> bytes:
     return _MAGIC + b"%016d %08x\n" % (len(header), zlib.crc32(header))
 
 
-def _own_search_path() -> list[str]:
+def own_search_path() -> list[str]:
     """Where this process finds modules besides its installation: next to its script, mostly."""
     installed = {os.path.realpath(prefix) for prefix in (sys.prefix, sys.base_prefix, sys.exec_prefix)}
     found = []

@@ -22,12 +22,10 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import DupFd
 from pathlib import Path
-from typing import Any
-
-import cloudpickle
+from typing import Any, Protocol
 
 from fractal_runner.executors.calls import Call, CallOptions
-from fractal_runner.executors.local.pickling import dump
+from fractal_runner.executors.local.pickling import dump, dump_error
 from fractal_runner.worker import evidence
 
 CALL, SETTINGS = b"C", b"S"
@@ -99,7 +97,7 @@ def serve(connection: Connection, setup: Setup) -> None:
     reporter = _arrive(connection, setup)
     contexts: dict[int, Mapping[str, Any]] = {}
     settings = Settings("", (0, None), None)
-    handler = _Forward(reporter)
+    handler = Forward(reporter)
     if setup.forked:
         _forget_handlers()
         _reseed()
@@ -135,19 +133,19 @@ def serve(connection: Connection, setup: Setup) -> None:
             key=key,
             attempt=attempt,
         )
-        _do(reporter, call)
+        do_call(reporter, call)
         del fn, args, kwargs, call
 
 
 def run_once(connection: Connection, setup: Setup, call: Call) -> None:
     """Do one call, which is in this process's memory already: what a forked child does."""
     reporter = _arrive(connection, setup)
-    handler = _Forward(reporter)
+    handler = Forward(reporter)
     _forget_handlers()
     logging.getLogger().addHandler(handler)
     bear_name(call.name)
     reporter.send(STARTED)
-    _do(reporter, call)
+    do_call(reporter, call)
 
 
 def about_call(call: Call) -> tuple[Any, ...]:
@@ -204,10 +202,16 @@ class _Reporter:
         self.end(FAILED, (what, str(error), type(error).__qualname__, _text_of(error)))
 
 
-class _Forward(logging.Handler):
+class Sends(Protocol):
+    """Where messages go."""
+
+    def send(self, message: bytes | memoryview) -> None: ...
+
+
+class Forward(logging.Handler):
     """Sends records to the executor's process, where they reach the logger of the same name."""
 
-    def __init__(self, reporter: _Reporter) -> None:
+    def __init__(self, reporter: Sends) -> None:
         super().__init__()
         self._reporter = reporter
 
@@ -277,7 +281,14 @@ def _redirect(fd: int) -> None:
 _former_streams: list[Any] = []
 
 
-def _do(reporter: _Reporter, call: Call) -> None:
+class Reports(Protocol):
+    """Who hears how a call has ended."""
+
+    def end(self, kind: bytes, value: Any) -> None: ...
+    def failed(self, what: str, error: BaseException) -> None: ...
+
+
+def do_call(reporter: Reports, call: Call) -> None:
     """Do a call and report its end: whatever it raises is its own."""
     try:
         result = call.returned()
@@ -285,7 +296,7 @@ def _do(reporter: _Reporter, call: Call) -> None:
         # Without the frames of this module; the caller sees the text as the cause of what it gets.
         text = _text_of(error.with_traceback(error.__traceback__ and error.__traceback__.tb_next))
         try:
-            pickled = cloudpickle.dumps(error)
+            pickled = dump_error(error)
         except Exception:  # pickling runs the exception's own code; all about it is told in words as well
             pickled = None
         report = pickled, type(error).__module__, type(error).__qualname__, _safe_str(error), text
@@ -308,12 +319,17 @@ def _settle(settings: Settings, contexts: dict[int, Mapping[str, Any]]) -> None:
     if pickled is not None:
         contexts[number] = pickle.loads(pickled)
     if settings.levels is not None:
-        for name, logger in _loggers().items():
-            if name not in settings.levels:
-                logger.setLevel(logging.NOTSET)
-        for name, level in settings.levels.items():
-            logging.getLogger(name or None).setLevel(level)
+        set_levels(settings.levels)
     bear_name(settings.name)
+
+
+def set_levels(levels: Mapping[str, int]) -> None:
+    """Give these levels to these loggers, "" being the root, and none to all others."""
+    for name, logger in _loggers().items():
+        if name not in levels:
+            logger.setLevel(logging.NOTSET)
+    for name, level in levels.items():
+        logging.getLogger(name or None).setLevel(level)
 
 
 def _loggers() -> dict[str, logging.Logger]:

@@ -9,6 +9,34 @@ from typing import Any
 import cloudpickle
 
 
+class _ErrorPickler(cloudpickle.Pickler):  # type: ignore[misc]
+    """Pickles exceptions as they say themselves.
+
+    Packages that carry tracebacks over (tblib, which Dask loads) register a way of their own for each class
+    of exceptions, by which those of C lose what is not in `args`: the code of a SystemExit.
+    """
+
+    @property
+    def dispatch_table(self) -> dict[type, Any]:
+        known = super().dispatch_table
+        return {
+            kind: known[kind]
+            for kind in known
+            if not (isinstance(kind, type) and issubclass(kind, BaseException))
+        }
+
+
+def dump_error(error: BaseException) -> bytes:
+    """An exception, as a pickle.
+
+    Raises:
+        Exception: of many types, if it cannot be pickled.
+    """
+    buffer = io.BytesIO()
+    _ErrorPickler(buffer).dump(error)
+    return buffer.getvalue()
+
+
 def dump(kind: bytes, value: Any) -> memoryview:
     """A message: `kind`, and `value` as a pickle.
 

@@ -1,0 +1,1 @@
+"""Executors over the engines of others: their workers, our contract."""
