@@ -1,0 +1,1 @@
+"""Executors over existing engines; each needs its extra."""
