@@ -10,7 +10,7 @@ import fcntl
 import logging
 import os
 import secrets
-import shutil
+import subprocess
 import tempfile
 import threading
 import time
@@ -21,17 +21,19 @@ from pathlib import Path
 from typing import Any
 
 from fractal_runner.errors import ExecutorError
+from fractal_runner.executors.adapters.ray_guardian import MARK, clean, start
 from fractal_runner.quantities import format_size
 
 PREFIX = "fr-ray-"
 # What Ray adds to its directory: /session_2026-01-31_12-00-00_123456_1234567/sockets/plasma_store; 107 bytes
 # are what the path of a socket may have.
-_LONGEST_FOLDER = 107 - 70
+_LONGEST_FOLDER = 107 - 72
 _OPEN_S = 180.0
 _CLOSE_S = 60.0
 _LOOK_S = 0.5
 _NODES_KEPT_S = 5.0
 _LOCK = "in-use"
+_OWN = "r"  # Ray lets everybody write to its directory: it has one within ours
 _logger = logging.getLogger("fractal_runner")
 
 
@@ -112,6 +114,7 @@ class Instance:
         self.is_borrowed = bool(self.ray.is_initialized())
         self._pid = os.getpid()
         self._lock_fd = -1
+        self._guardian: subprocess.Popen[bytes] | None = None
         self._opened = threading.Event()
         self._to_be_closed = threading.Event()
         self._problem: BaseException | None = None
@@ -187,24 +190,26 @@ class Instance:
             with _quiet():
                 self.ray.init(address=settings.address, **options)
             return
-        self._make_folder()
+        folder = self._make_folder()
         options |= {
             "num_cpus": settings.cpus or settings.workers,
             "include_dashboard": False,
-            "_temp_dir": str(self.folder),
+            "_temp_dir": str(folder / _OWN),
         }
         options |= {"_memory": settings.memory, "object_store_memory": settings.object_store_memory}
         # A token of our own: Ray would make one in the home directory, which everybody can read.
-        own = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_TOKEN": _TOKEN}
+        own = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_TOKEN": _TOKEN, MARK: str(folder)}
         with _quiet(), _environment(own, kept="RAY_AUTH_MODE"):
             self.ray.init(address="local", **options)
 
-    def _make_folder(self) -> None:
+    def _make_folder(self) -> Path:
         parent = short_folder()
         sweep(parent)
         self.folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
         self._lock_fd = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._lock_fd, fcntl.LOCK_EX)
+        self._guardian = start(self.folder)
+        return self.folder
 
     def _shut_down(self) -> None:
         with _quiet():
@@ -214,8 +219,11 @@ class Instance:
                 Exception
             ):  # Ray's own; nobody waits for it, and what is left of it is removed all the same
                 _logger.exception("Ray could not be shut down properly")
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        if self._guardian is not None:
+            self._guardian.kill()
+            self._guardian.wait()
+        if self.folder is not None and (left := clean(self.folder)):
+            _logger.warning("of a local Ray instance these processes cannot be ended: %s", left)
         if self._lock_fd >= 0:
             os.close(self._lock_fd)
             self._lock_fd = -1
@@ -347,7 +355,7 @@ def _wait(event: threading.Event, seconds: float, what: str) -> None:
 
 
 def sweep(parent: Path) -> None:
-    """Remove directories of ours whose processes have been killed: nobody holds their locks."""
+    """Clean up after instances whose processes were killed, guardians and all: nobody holds their locks."""
     for folder in parent.glob(f"{PREFIX}*"):
         with suppress(OSError):  # another user's, or just being made or removed
             if folder.is_symlink() or folder.stat().st_uid != os.getuid():
@@ -355,7 +363,7 @@ def sweep(parent: Path) -> None:
             fd = os.open(folder / _LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
+                clean(folder)
             finally:
                 os.close(fd)
 

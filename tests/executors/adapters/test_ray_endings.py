@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from fractal_runner.executors.adapters.ray import RayExecutor
 from fractal_runner.executors.adapters.ray_instance import PREFIX, short_folder, sweep
 from fractal_runner.testing import PATIENCE_S, Gate, wait_until
 
@@ -178,12 +179,8 @@ def test_a_second_ctrl_c_ends_what_runs(start: Start, tmp_path: Path, gate: Gate
     assert not instance_of(tmp_path).exists()
 
 
-def test_all_ends_with_a_program_that_is_killed_and_its_folder_goes_with_the_next_start(
-    start: Start, tmp_path: Path, gate: Gate
-) -> None:
-    script = start(
-        "executor = make(2)\nfor number in range(2): executor.submit(hold, number)\ntime.sleep(1000)"
-    )
+def test_all_ends_with_a_program_that_is_killed(start: Start, tmp_path: Path, gate: Gate) -> None:
+    script = start("executor = make(2)\nfor n in range(2): executor.submit(hold, n)\ntime.sleep(1000)")
     gate.await_arrivals(2)
     family = family_of(script)
     assert [one for one in family if one.name() == "sleep"]
@@ -192,23 +189,28 @@ def test_all_ends_with_a_program_that_is_killed_and_its_folder_goes_with_the_nex
     script.wait()
 
     assert_gone(family)
+    wait_until(lambda: not instance_of(tmp_path).exists(), "its directory is gone")
+
+
+def test_what_a_killed_guardian_leaves_goes_with_the_next_start_and_nothing_else(
+    start: Start, tmp_path: Path, gate: Gate, ray_instance: RayExecutor
+) -> None:
+    script = start("executor = make(1)\nexecutor.submit(hold, 1)\ntime.sleep(1000)")
+    gate.await_arrivals(1)
+    family = family_of(script)
     left = instance_of(tmp_path)
+    assert left.parent == short_folder()
+    assert left.name.startswith(PREFIX)
+    assert left.stat().st_mode & 0o777 == 0o700
+    [guardian] = [one for one in family if "ray_guardian" in " ".join(one.cmdline())]
+
+    guardian.kill()
+    script.kill()
+    script.wait()
+    wait_until(lambda: not guardian.is_running(), "its guardian is gone")
     assert left.exists()
     sweep(left.parent)
+
     assert not left.exists()
-
-
-def test_a_folder_in_use_is_not_swept(start: Start, tmp_path: Path, gate: Gate) -> None:
-    script = start("executor = make(1)\nexecutor.submit(hold, 0)")
-    gate.await_arrivals(1)
-    used = instance_of(tmp_path)
-
-    sweep(used.parent)
-
-    assert used.exists()
-    assert used.stat().st_mode & 0o777 == 0o700
-    assert used.parent == short_folder()
-    assert used.name.startswith(PREFIX)
-    gate.open()
-    script.communicate(timeout=PATIENCE_S)
-    assert script.returncode == 0
+    assert_gone(family)
+    assert ray_instance.submit(pow, 2, 3).result(PATIENCE_S) == 8
