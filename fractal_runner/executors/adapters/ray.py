@@ -11,9 +11,9 @@ from functools import partial
 from typing import Any, TypeVar
 
 from fractal_runner.errors import did_you_mean
-from fractal_runner.executors.adapters.ray_calls import Item, Manager, Shape
+from fractal_runner.executors.adapters.ray_calls import Manager
 from fractal_runner.executors.adapters.ray_instance import Node, Settings, acquire, load_ray, release
-from fractal_runner.executors.adapters.ray_worker import Order
+from fractal_runner.executors.adapters.ray_visits import Item, Needs
 from fractal_runner.executors.base import Executor, View, at_least_one, info_of
 from fractal_runner.executors.calls import Call, CallOptions, TaskInfo
 from fractal_runner.executors.cpus import usable_cpus
@@ -110,21 +110,15 @@ class RayExecutor(Executor):
     def _start(self, call: Call) -> None:
         options = call.options
         message = bytes(dump_call(call))
-        order = Order(
-            number=call.id,
-            name=call.name,
-            cpus=options.cpus,
-            gpus=options.gpus,
-            timeout=options.timeout,
-            levels=self._levels_in_force(),
-            context=self._context_of(call),
-            home=self._manager.home,
+        number, reference = self._context_of(call)
+        item = Item(
+            *(call, call.id, call.name, options.timeout, message, self._levels_in_force()),
+            Needs(options.cpus, options.gpus, options.memory, _frozen(options.extra), number),
+            reference,
         )
-        shape = Shape(call.name, options.cpus, options.gpus, options.memory, _frozen(options.extra))
-        item = Item(call, order, message, shape)
         call.fn, call.args, call.kwargs = _handed, (), {}  # it may wait for long
         # Of the manager, not of this object: a future must not keep its executor.
-        call.future.add_done_callback(partial(_tell_cancelled, self._manager, call.id))
+        call.future.add_done_callback(partial(_tell_cancelled, self._manager))
         self._manager.put(item)
 
     def _stop(self, calls: Sequence[Call]) -> None:
@@ -181,11 +175,11 @@ class RayExecutor(Executor):
         self._check_options(chosen)
         return View(self, chosen), told
 
-    def _context_of(self, call: Call) -> tuple[int, Any] | None:
-        """What the call sees of the context, in Ray's object store: put there once."""
+    def _context_of(self, call: Call) -> tuple[int | None, Any]:
+        """What the call sees of the context: its number, and Ray's reference. It is put there once."""
         chosen = call.options.context_filter
         if chosen is None and not self._context:
-            return None
+            return None, None
         key: Hashable = (
             chosen if chosen is None or isinstance(chosen, frozenset) else ("function", id(chosen))
         )
@@ -333,9 +327,9 @@ def _described(node: Node, wanted: Mapping[str, float]) -> str:
     return f"{node.name} has {has}"
 
 
-def _tell_cancelled(manager: Manager, number: int, future: Any) -> None:
+def _tell_cancelled(manager: Manager, future: Any) -> None:
     if future.cancelled():
-        manager.cancelled(number)
+        manager.cancelled()
 
 
 def _handed(*args: Any, **kwargs: Any) -> Any:

@@ -1,13 +1,13 @@
-"""Calls on their way through Ray: handed to it, begun when a worker asks, ended when Ray has the outcome.
+"""Calls on their way through Ray: they wait here, and are given to workers that Ray has found a place for.
 
-A few more calls than run are handed to Ray at a time, so that its workers need not wait for us, and no more:
-what is not with Ray yet is cancelled at no cost. A worker asks before it starts a call, on a connection of
-ours, and is told whether it is still wanted: so what was cancelled never runs.
+Ray is asked for places: a task each, which stays for a while and serves calls that need the same, a
+*visit*. A call is given to a visit once that is there, so what waits is cancelled at no cost, a visit that
+never gets going takes no call along, and a call that has begun is known to run.
 """
 
 from __future__ import annotations
 
-import hmac
+import itertools
 import logging
 import pickle
 import secrets
@@ -18,86 +18,30 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence, Sized
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from fractal_runner.executors.adapters import ray_worker
+from fractal_runner.executors.adapters.ray_channel import Channel
 from fractal_runner.executors.adapters.ray_ends import error_of, is_of_the_place
 from fractal_runner.executors.adapters.ray_instance import Instance, release
-from fractal_runner.executors.adapters.ray_worker import HEAD, Home, Order, Outcome
+from fractal_runner.executors.adapters.ray_visits import Item, Needs, Queue, State, Visit
+from fractal_runner.executors.adapters.ray_worker import END_HEAD, Home
 from fractal_runner.executors.base import stopped_error
 from fractal_runner.executors.calls import Call
-from fractal_runner.executors.local.line import Line
 from fractal_runner.executors.local.reports import handle_record, report_end
 
-_AHEAD = 6  # calls that are with Ray beyond those that run, at least
-_TRIES = 3  # how often a call is handed to Ray whose worker dies before it has begun
+_VISIT_S = 2.0  # after which a visit takes no more calls: others may wait for the place
+_PARKED_S = 0.05  # for which a visit waits for a call that may come
+_SURPLUS_S = 1.0  # after which Ray is not asked any more for places that nothing waits for
+_TRIES = 3  # how many visits may die one after another before any gets going
 _FORCE_S = 8.0  # after which a worker that is to end its call is ended itself
-_LAST_WORDS_S = 10.0  # for what a worker has said about a call whose outcome is there
-_LINGER_S = 20.0  # for Ray to give up tasks that nobody waits for any more
+_LAST_WORDS_S = 5.0  # for what a worker has said before it died
+_LINGER_S = 20.0  # for Ray to end visits that nobody waits for any more
 _LOOK_S = 0.5
-_SHAPES_KEPT = 256
 _BACKLOG = 128
 _logger = logging.getLogger("fractal_runner")
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """What Ray is asked for a call, so that calls with the same share what is prepared for it.
-
-    Attributes:
-        name: the call's.
-        cpus, gpus, memory: see `CallOptions`.
-        extra: further options of Ray's, as (name, value).
-    """
-
-    name: str
-    cpus: int
-    gpus: int
-    memory: int | None
-    extra: tuple[tuple[str, Any], ...] = ()
-
-    def options(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "num_cpus": self.cpus,
-            "num_gpus": self.gpus or None,
-            "memory": self.memory,
-            **{name: dict(value) if isinstance(value, tuple) else value for name, value in self.extra},
-        }
-
-
-class Item:
-    """A call and what is known of it. The manager's thread owns all that changes."""
-
-    __slots__ = (
-        *("begun", "call", "channel", "error", "force_at", "host", "is_over", "message", "number"),
-        *("order", "outcome", "over_at", "pid", "ref", "shape", "tries"),
-    )
-
-    def __init__(self, call: Call, order: Order, message: bytes, shape: Shape) -> None:
-        self.call = call
-        self.number = order.number
-        self.order = order
-        self.message = message
-        self.shape = shape
-        self.tries = 0
-        self.ref: Any = None
-        self.reset()
-
-    def reset(self) -> None:
-        self.begun = False
-        self.channel: _Channel | None = None  # of the worker that runs it
-        self.host: str | None = None
-        self.pid: int | None = None
-        self.is_over = False  # the worker has said its last word about it
-        self.over_at: float | None = None  # when Ray had its outcome
-        self.outcome: Outcome | None = None
-        self.error: BaseException | None = None
-        self.force_at: float | None = None
 
 
 class Manager:
@@ -108,7 +52,7 @@ class Manager:
         calls: the executor's calls that have not ended: some may wait for others, and come later.
         max_workers: how many calls run at a time.
         host: by which name or address the workers reach this process; by default, as Ray knows it.
-        name: of the thread.
+        name: the executor's.
     """
 
     def __init__(
@@ -118,21 +62,18 @@ class Manager:
         self._calls = calls
         self._max_workers = max_workers
         self._name = name
-        capacity = sum(node.cpus for node in instance.nodes())
-        # Where Ray has room for more than may run, what is handed ahead would take it for nothing.
-        self._ahead = max(_AHEAD, max_workers) if capacity <= max_workers else 0
-        self._inbox: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()  # any thread appends
+        self._inbox: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()  # any thread appends
         self._asleep = False
-        self._queue: deque[Item] = deque()
-        self._items: dict[int, Item] = {}  # those that Ray has, by number
-        self._running: dict[int, Item] = {}  # those of them that have begun, and of which no end is known
-        self._due: list[Item] = []  # those that have been told to end, or whose outcome waits for last words
-        self._asked: list[tuple[_Channel, int, str, int | None]] = []
-        self._ended: list[Item] = []
-        self._shapes: dict[Shape, Any] = {}
+        self._queues: dict[Needs, Queue] = {}
+        self._visits: dict[int, Visit] = {}  # those that Ray has not said to be over
+        self._running: dict[int, Visit] = {}  # by the number of the call that they serve
+        self._due: dict[int, Visit] = {}  # visits that are looked at again after a time
+        self._ended: deque[tuple[Item, str, bool, memoryview]] = deque()
+        self._numbers = itertools.count(1)
         self._closing = False
+        self._broken: BaseException | None = None  # why nothing goes on any more
         self._linger_at: float | None = None
-        self._remote = instance.ray.remote(max_retries=0, max_calls=0)(ray_worker.run_call)
+        self._remote = instance.ray.remote(max_retries=0, max_calls=0)(ray_worker.serve)
         self._selector = selectors.DefaultSelector()
         self._woken, self._waker = socket.socketpair()
         self._woken.setblocking(False)
@@ -148,22 +89,26 @@ class Manager:
 
     def put(self, item: Item) -> None:
         """See a call through."""
-        self._note(self._queue.append, item)
+        self._note(self._take_in, item)
+        if self._broken is not None:
+            item.call.fail(self._broken)
 
-    def cancelled(self, number: int) -> None:
-        """Its future was cancelled."""
-        self._note(self._withdraw, number)
+    def cancelled(self) -> None:
+        """A call was cancelled: there may be nothing left to do."""
+        if not len(self._calls) or self._closing:
+            self._note(_nothing)
 
     def stop(self, calls: Sequence[Call]) -> None:
         """End calls that run: their futures at once, their processes soon."""
         for call in calls:
+            number = call.id
             if call.fail(stopped_error(call)):
-                self._note(self._tell_to_end, call.id)
+                self._note(self._tell_to_end, number)
 
     def place_of(self, number: int) -> tuple[str | None, int | None]:
         """Node and process of a call that runs."""
-        item = self._items.get(number)
-        return (None, None) if item is None else (item.host, item.pid)
+        visit = self._running.get(number)
+        return (None, None) if visit is None else (visit.host, visit.pid)
 
     def close(self, wait: bool) -> bool:
         """Let go of Ray once there is nothing left to do; whether there was something to wait for."""
@@ -177,7 +122,7 @@ class Manager:
     @property
     def _is_idle(self) -> bool:
         """Whether there is nothing for it to do at the moment."""
-        return self._asleep and not (self._queue or self._items or self._inbox)
+        return self._asleep and not (self._queues or self._visits or self._inbox)
 
     def _note(self, do: Callable[..., Any], *args: Any) -> None:
         self._inbox.append((do, args))
@@ -195,7 +140,11 @@ class Manager:
         except BaseException as error:
             # A defect, or Ray's own: the calls must end all the same.
             _logger.exception("%s: calls cannot be seen through Ray any more", self._name)
-            for item in (*self._queue, *self._items.values()):
+            self._broken = error
+            running = [visit.item for visit in self._running.values() if visit.item is not None]
+            waiting = [item for queue in self._queues.values() for item in queue.items]
+            new = [args[0] for _, args in self._inbox if args and isinstance(args[0], Item)]
+            for item in (*running, *waiting, *new):
                 item.call.fail(error)
         finally:
             self._shut()
@@ -204,163 +153,213 @@ class Manager:
         self._asleep = True
         ready = self._selector.select(0 if self._inbox else self._until_due())
         self._asleep = False
-        for key, _ in ready:
-            key.data()
+        for key, events in ready:
+            key.data(events)
         while self._inbox:
             do, args = self._inbox.popleft()
             do(*args)
             del do, args
-        # Only now: that a call has ended was said before the next one was asked for, by whomever.
-        asked, self._asked = self._asked, []
-        for channel, number, host, pid in asked:
-            self._answer(channel, number, host, pid)
         self._look_at_due()
-        self._hand()
-        ended, self._ended = self._ended, []
-        while ended:
-            _end(ended.pop(0))
+        self._ask_for_places()
+        while self._ended:
+            _end(*self._ended.popleft())
 
     def _is_done(self) -> bool:
-        if not self._closing or len(self._calls) or self._queue or self._inbox or self._ended:
+        if not self._closing or len(self._calls) or self._queues or self._inbox or self._ended:
             return False
-        if not self._items:
+        if not self._visits:
             return True
         if self._linger_at is None:
             self._linger_at = time.monotonic() + _LINGER_S
         return time.monotonic() > self._linger_at
 
     def _until_due(self) -> float | None:
-        return _LOOK_S if self._due or self._closing else None
+        if self._due:
+            return _PARKED_S
+        return _LOOK_S if self._closing or self._visits else None
 
-    def _hand(self) -> None:
-        """Hand calls to Ray, as many as it may have."""
-        while self._queue and len(self._items) < self._max_workers + self._ahead:
-            item = self._queue.popleft()
-            if item.call.future.done():  # cancelled
-                continue
-            try:
-                item.ref = self._task(item.shape).remote(item.order, item.message)
-            except Exception as error:  # Ray's own, of many types
-                item.call.fail(error_of(item.order.name, error, None))
-                continue
-            item.tries += 1
-            self._items[item.number] = item
-            item.ref.future().add_done_callback(partial(self._hear_of, item.number, item.tries))
+    def _take_in(self, item: Item) -> None:
+        queue = self._queues.get(item.needs)
+        if queue is None:
+            task = self._remote.options(name=self._name, **item.needs.options())
+            queue = self._queues[item.needs] = Queue(item.needs, item.reference, task)
+        queue.items.append(item)
+        for visit in list(self._due.values()):
+            if visit.state == State.PARKED and visit.queue is queue:
+                del self._due[visit.number]
+                self._give(visit)
+                break
 
-    def _task(self, shape: Shape) -> Any:
-        task = self._shapes.get(shape)
-        if task is None:
-            if len(self._shapes) >= _SHAPES_KEPT:
-                self._shapes.clear()
-            task = self._shapes[shape] = self._remote.options(**shape.options())
-        return task
+    def _ask_for_places(self) -> None:
+        """Ask Ray for as many places as there are calls that may run."""
+        free = self._max_workers - len(self._running)
+        for queue in list(self._queues.values()):
+            queue.drop_ended()
+            wanted = min(len(queue.items), free)
+            for _ in range(wanted - len(queue.asked_for)):
+                if not self._ask_for_place(queue):
+                    break
+            if not queue.items and not queue.visits:
+                del self._queues[queue.needs]
+            elif len(queue.asked_for) <= len(queue.items):
+                queue.surplus_at = None
+            elif queue.surplus_at is None:
+                queue.surplus_at = time.monotonic()
+            elif self._closing or time.monotonic() > queue.surplus_at + _SURPLUS_S:
+                for visit in list(queue.asked_for.values())[len(queue.items) :]:
+                    del queue.asked_for[visit.number]
+                    visit.state = State.LEAVING
+                    self._instance.ray.cancel(visit.ref)
 
-    def _hear_of(self, number: int, tries: int, future: Any) -> None:
-        """Ray has the outcome, or an error: in a thread of Ray's."""
-        error = future.exception()
-        self._note(self._arrive, number, tries, None if error is not None else future.result(), error)
+    def _ask_for_place(self, queue: Queue) -> bool:
+        number = next(self._numbers)
+        visit = Visit(number, queue)
+        needs = queue.needs
+        try:
+            visit.ref = queue.task.remote(
+                ray_worker.Visit(number, needs.cpus, needs.gpus, queue.context, self.home)
+            )
+        except Exception as error:  # Ray's own, of many types
+            self._fail_all(queue, error)
+            return False
+        self._visits[number] = queue.asked_for[number] = visit
+        queue.visits += 1
+        visit.ref.future().add_done_callback(partial(self._hear_of, number))
+        return True
 
-    def _arrive(self, number: int, tries: int, outcome: Outcome | None, error: BaseException | None) -> None:
-        item = self._items.get(number)
-        if item is None or item.tries != tries:
-            return
-        if item.call.future.done() or (item.begun and error is not None):
-            self._finish(item, outcome, error)
-        elif item.begun and outcome is not None and not item.is_over:
-            item.outcome, item.over_at = outcome, time.monotonic()
-            self._due.append(item)  # its last words come over another way
-        elif item.begun or (outcome is not None and outcome.failure is not None):
-            self._finish(item, outcome, error)
-        elif error is None or (is_of_the_place(error) and item.tries < _TRIES):
-            # It was refused for now, or its worker died before it asked.
-            del self._items[number]
-            item.ref = None
-            item.reset()
-            self._queue.appendleft(item)
+    def _give(self, visit: Visit) -> None:
+        """Give a visit its next call, if there is one."""
+        now = time.monotonic()
+        queue, channel = visit.queue, visit.channel
+        assert channel is not None
+        item = None
+        if len(self._running) < self._max_workers and now < visit.until:
+            item = queue.next()
+        if item is not None:
+            visit.item, visit.state = item, State.HERE
+            self._running[item.number] = visit
+            channel.give(item.number, item.name, item.timeout, item.levels, item.message)
+            item.message = b""
+        elif self._closing or queue.items or now >= visit.until:
+            visit.state = State.LEAVING
+            channel.say(ray_worker.NO, 0)
         else:
-            self._finish(item, outcome, error)
+            visit.state = State.PARKED
+            visit.until = min(visit.until, now + _PARKED_S)
+            self._due[visit.number] = visit
 
-    def _finish(self, item: Item, outcome: Outcome | None, error: BaseException | None) -> None:
-        self._items.pop(item.number, None)
-        self._running.pop(item.number, None)
-        item.outcome, item.error, item.ref = outcome, error, None
-        self._ended.append(item)
+    # What workers say
 
-    def _answer(self, channel: _Channel, number: int, host: str, pid: int | None) -> None:
-        """A worker asks whether it is to run a call."""
-        item = self._items.get(number)
-        if item is None or (item.begun and item.channel is not channel):
-            channel.say(ray_worker.NO, number)
+    def _heard(self, channel: Channel, word: bytes, number: int, body: memoryview) -> None:
+        if word == ray_worker.READY:
+            self._arrived(channel, number, body)
             return
-        if len(self._running) >= self._max_workers:
-            self._ahead = 0  # there is room for more than may run: it is not taken again
-            channel.say(ray_worker.NO, number)
-            return
-        if not item.call.begin():
-            channel.say(ray_worker.NO, number)
-            return
-        item.begun, item.channel, item.host, item.pid = True, channel, host, pid
-        self._running[number] = item
-        channel.say(ray_worker.GO, number)
-
-    def heard(self, channel: _Channel, word: bytes, number: int, body: memoryview) -> None:
-        """What a worker says."""
-        if word == ray_worker.ASK:
-            host, pid = pickle.loads(body)
-            self._asked.append((channel, number, host, pid))
-            return
-        item = self._items.get(number)
-        if item is None or item.channel is not channel:
+        visit = self._running.get(number)
+        if visit is None or visit.channel is not channel or visit.item is None:
             return
         if word == ray_worker.LOG:
-            if not item.call.future.done():  # what was stopped has nothing to say any more
+            if not visit.item.call.future.done():  # what was stopped has nothing to say any more
                 handle_record(body)
         elif word == ray_worker.PID:
-            item.pid = pickle.loads(body)
+            visit.pid = pickle.loads(body)
         elif word == ray_worker.ENDED:
-            item.is_over = True
-            self._running.pop(number, None)
+            del self._running[number]
+            self._due.pop(visit.number, None)
+            visit.force_at = None
+            is_report, size = END_HEAD.unpack_from(body)
+            start = END_HEAD.size
+            printed = bytes(body[start : start + size]).decode() if size else ""
+            self._ended.append((visit.item, printed, is_report, body[start + size :]))
+            visit.item = None
+            self._give(visit)
 
-    def lost(self, channel: _Channel) -> None:
-        """A worker's connection has ended."""
-        for item in self._items.values():
-            if item.channel is channel:
-                item.is_over = True  # Ray will tell why
-                self._running.pop(item.number, None)
+    def _arrived(self, channel: Channel, number: int, body: memoryview) -> None:
+        visit = self._visits.get(number)
+        if visit is None or visit.state != State.ASKED_FOR:
+            channel.say(ray_worker.NO, 0)
+            return
+        visit.host, visit.pid = pickle.loads(body)
+        visit.channel = channel
+        visit.until = time.monotonic() + _VISIT_S
+        visit.queue.failed = 0
+        del visit.queue.asked_for[number]
+        self._give(visit)
+
+    def _lost(self, channel: Channel) -> None:
+        """A worker's connection has ended: Ray will tell why, or has."""
+        for visit in list(self._visits.values()):
+            if visit.channel is channel:
+                visit.channel = None
+                if visit.over_at is not None:
+                    self._finish(visit)
+
+    # What Ray says
+
+    def _hear_of(self, number: int, future: Any) -> None:
+        """A visit is over: in a thread of Ray's."""
+        error = future.exception()
+        self._note(self._over, number, None if error is not None else future.result(), error)
+
+    def _over(self, number: int, failure: bytes | None, error: BaseException | None) -> None:
+        visit = self._visits[number]
+        visit.error = error if failure is None else pickle.loads(failure)
+        if visit.item is not None and visit.channel is not None:
+            visit.over_at = time.monotonic()  # what it has said may still be on its way
+            self._due[number] = visit
+        else:
+            self._finish(visit)
+
+    def _finish(self, visit: Visit) -> None:
+        del self._visits[visit.number]
+        self._due.pop(visit.number, None)
+        queue, item, error = visit.queue, visit.item, visit.error
+        queue.visits -= 1
+        visit.ref = None
+        if queue.asked_for.pop(visit.number, None) is not None and visit.state == State.ASKED_FOR:
+            queue.failed += 1
+            if error is not None and (queue.failed >= _TRIES or not is_of_the_place(error)):
+                self._fail_all(queue, error)
+        if item is not None:
+            visit.item = None
+            del self._running[item.number]
+            item.call.fail(error_of(item.name, error, visit.host))
+
+    def _fail_all(self, queue: Queue, error: BaseException) -> None:
+        """There is no place for these calls."""
+        while queue.items:
+            item = queue.items.popleft()
+            item.call.fail(error_of(item.name, error, None))
+
+    # What takes time
 
     def _tell_to_end(self, number: int) -> None:
-        item = self._items.get(number)
-        if item is None:
+        visit = self._running.get(number)
+        if visit is None:
             return
-        if item.channel is not None:
-            item.channel.say(ray_worker.STOP, number)
-        item.force_at = time.monotonic() + _FORCE_S
-        self._due.append(item)
-
-    def _withdraw(self, number: int) -> None:
-        item = self._items.get(number)
-        if item is not None and not item.begun and item.ref is not None:
-            self._instance.ray.cancel(item.ref)
+        if visit.channel is not None:
+            visit.channel.say(ray_worker.STOP, number)
+        visit.force_at = time.monotonic() + _FORCE_S
+        self._due[visit.number] = visit
 
     def _look_at_due(self) -> None:
         if not self._due:
             return
         now = time.monotonic()
-        due, self._due = self._due, []
-        for item in due:
-            if self._items.get(item.number) is not item:
-                continue
-            if item.over_at is not None and (item.is_over or now > item.over_at + _LAST_WORDS_S):
-                self._finish(item, item.outcome, None)
-            elif item.force_at is not None and now > item.force_at:
-                item.force_at = None
+        for visit in list(self._due.values()):
+            if visit.state == State.PARKED and (now > visit.until or self._closing):
+                del self._due[visit.number]
+                visit.state = State.LEAVING
+                if visit.channel is not None:
+                    visit.channel.say(ray_worker.NO, 0)
+            elif visit.over_at is not None and now > visit.over_at + _LAST_WORDS_S:
+                self._finish(visit)
+            elif visit.force_at is not None and now > visit.force_at:
+                visit.force_at = None
                 _logger.warning(
-                    "%s: the Ray worker of the call %r has not ended it in %.0f s, and is ended itself",
-                    *(self._name, item.order.name, _FORCE_S),
+                    "%s: a Ray worker on %s has not ended a call in %.0f s that was stopped, and is ended",
+                    *(self._name, visit.host, _FORCE_S),
                 )
-                self._instance.ray.cancel(item.ref, force=True)
-            else:
-                self._due.append(item)
+                self._instance.ray.cancel(visit.ref, force=True)
 
     def _close(self) -> None:
         self._closing = True
@@ -383,22 +382,24 @@ class Manager:
         listener.setblocking(False)
         return listener, address
 
-    def _accept(self) -> None:
+    def _accept(self, _: int) -> None:
         try:
             joined, _ = self._listener.accept()
         except OSError:
             return  # whoever it was has gone again
         joined.setblocking(True)
-        channel = _Channel(joined, self.home.token)
-        self._selector.register(channel.fd, selectors.EVENT_READ, partial(self._read, channel))
+        channel = Channel(joined, self.home.token, self._selector)
+        self._selector.register(channel.fd, selectors.EVENT_READ, partial(self._talk, channel))
 
-    def _read(self, channel: _Channel) -> None:
-        if not channel.read(self.heard):
+    def _talk(self, channel: Channel, events: int) -> None:
+        if events & selectors.EVENT_WRITE:
+            channel.flush()
+        if events & selectors.EVENT_READ and not channel.read(self._heard):
             self._selector.unregister(channel.fd)
-            self.lost(channel)
+            self._lost(channel)
             channel.close()
 
-    def _wake(self) -> None:
+    def _wake(self, _: int) -> None:
         self._woken.recv(4096)
 
     def _shut(self) -> None:
@@ -411,69 +412,29 @@ class Manager:
         self._waker.close()
         if isinstance(self.home.address, str):
             Path(self.home.address).unlink(missing_ok=True)
-        self._shapes.clear()
-        self._items.clear()
+        self._visits.clear()
+        self._queues.clear()
         release(self._instance)
 
 
-class _Channel:
-    """The connection of a worker, as the manager's thread has it."""
-
-    def __init__(self, joined: socket.socket, token: bytes) -> None:
-        if joined.family != socket.AF_UNIX:
-            joined.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            joined.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        self._connection = Connection(joined.detach())
-        self._line = Line(self._connection)
-        self._token = token
-        self._is_known = False
-        self._waiting: deque[memoryview] = deque()
-        self.fd = self._line.fd
-
-    def read(self, heard: Callable[[_Channel, bytes, int, memoryview], None]) -> bool:
-        """Pass on what has arrived; False once nothing more can come."""
-        try:
-            arrived = self._line.fetch()
-            while (message := self._line.next()) is not None:
-                word, number = HEAD.unpack_from(message)
-                body = message[HEAD.size :]
-                if self._is_known:
-                    heard(self, word, number, body)
-                elif word == ray_worker.HELLO and hmac.compare_digest(bytes(body), self._token):
-                    self._is_known = True
-                else:
-                    return False  # a stranger: nothing that it says is unpickled
-        except (EOFError, OSError, ValueError):
-            return False
-        return arrived or True
-
-    def say(self, word: bytes, number: int) -> None:
-        """Tell the worker something; it is short, and the worker reads it at once, or has gone."""
-        self._waiting.extend(self._line.framed(HEAD.pack(word, number)))
-        try:
-            self._line.push(self._waiting)
-        except OSError:
-            self._waiting.clear()  # the end of the connection is seen by whoever reads
-
-    def close(self) -> None:
-        self._line.close()
-        self._connection.close()
-
-
-def _end(item: Item) -> None:
-    """End the future as the outcome says."""
-    call, outcome, error = item.call, item.outcome, item.error
-    item.outcome = item.error = None
+def _end(item: Item, printed: str, is_report: bool, body: memoryview) -> None:
+    """End the future as the worker says; if it was stopped, that is dropped."""
+    call = item.call
     future = call.future
     if future.done():
-        return  # stopped: what comes later is dropped
-    if error is not None or outcome is None:
-        call.fail(error_of(item.order.name, error, item.host))
         return
-    future.output = outcome.output
-    if outcome.report is not None:
-        report_end(call, memoryview(outcome.report))
-    elif outcome.failure is not None:
-        call.fail(pickle.loads(outcome.failure))
-    else:
-        call.fail(RuntimeError(f"the Ray worker of {item.order.name!r} has begun and not ended it"))
+    future.output = printed
+    try:
+        if is_report:
+            report_end(call, body)
+        else:
+            call.fail(pickle.loads(body))
+    except BaseException as error:  # a callback that ends its thread: others need this one
+        _logger.exception("the end of the call %r cannot be told", item.name)
+        call.fail(error)
+    finally:
+        del future
+
+
+def _nothing() -> None:
+    """For who only wakes the manager."""

@@ -29,7 +29,7 @@ _OF_THE_PLACE = frozenset({"WorkerCrashedError", "OutOfMemoryError", "NodeDiedEr
 
 def is_of_the_place(error: BaseException) -> bool:
     """Whether it was where the call was to run that has failed, and another place may do."""
-    return not _OF_THE_PLACE.isdisjoint(_names(error))
+    return isinstance(error, JobExecutionError) or not _OF_THE_PLACE.isdisjoint(_names(error))
 
 
 def error_of(name: str, error: BaseException | None, node: str | None) -> Exception:
@@ -37,11 +37,17 @@ def error_of(name: str, error: BaseException | None, node: str | None) -> Except
 
     Args:
         name: the call's.
-        error: Ray's.
+        error: Ray's, or one of our own that has come in its place; None if Ray knows of nothing.
         node: where it ran; None if it had not begun.
     """
+    if isinstance(error, JobExecutionError):  # a worker of ours has told it
+        return JobExecutionError(
+            f"The call {name!r} has not run: {error}", reason=error.reason, node=error.node
+        )
     names = _names(error)
-    if "RayTaskError" in names:
+    if error is None:
+        reason, what = "CONNECTION_LOST", "the connection to its Ray worker was lost"
+    elif "RayTaskError" in names:
         # Raised by what runs a call there, not by the call: a package or a module that is not there.
         told = ExecutorError(
             f"The call {name!r} could not be run by its Ray worker (is this version of fractal_runner "
@@ -50,10 +56,14 @@ def error_of(name: str, error: BaseException | None, node: str | None) -> Except
         )
         told.__cause__ = error
         return told
-    reason, what = next((_ENDS[known] for known in names if known in _ENDS), _ELSE)
+    else:
+        reason, what = next((_ENDS[known] for known in names if known in _ENDS), _ELSE)
     begun = "had not begun" if node is None else f"was running on {node}"
     failed = JobExecutionError(
-        f"The call {name!r} {begun} when it failed: {what}.", reason=reason, node=node, info=str(error)
+        f"The call {name!r} {begun} when it failed: {what}.",
+        reason=reason,
+        node=node,
+        info=None if error is None else str(error),
     )
     failed.__cause__ = error
     return failed

@@ -1,8 +1,9 @@
-"""What runs in Ray's own worker processes: a call each, in a child process that is kept for the next one.
+"""What runs in Ray's own worker processes: calls, one at a time, in a child process that is kept.
 
 The child is a local executor's: so a call over Ray prints, logs, dies and exceeds its timeout as it does
-here, and ends without taking Ray's process along. Whoever submitted the call is asked before it starts, and
-hears of its end, over a connection of our own; what it returns goes by Ray.
+here, and ends without taking Ray's process along. Ray decides where and when there is a place for a call;
+what is called there is asked for, and answered, on a connection of our own. So one task of Ray serves a
+number of short calls one after another, which costs a fraction of as many tasks.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import signal
 import socket
 import struct
 import threading
-import time
+from collections import deque
 from collections.abc import Callable, Hashable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -33,15 +34,17 @@ from fractal_runner.executors.local.peers import Peer
 from fractal_runner.executors.local.workers import KeptProcessWorker, Surroundings, fresh_processes
 from fractal_runner.worker import processes
 
-# A message is one of these, the number of its call, and what there is to say.
+# A message is one of these, the number of its call (READY: of its visit), and what there is to say.
 HEAD = struct.Struct("!cQ")
-HELLO, ASK, PID, LOG, ENDED = b"H", b"A", b"P", b"L", b"E"  # from here
-GO, NO, STOP = b"G", b"N", b"S"  # to here
+HELLO, READY, PID, LOG, ENDED = b"H", b"R", b"P", b"L", b"E"  # from here
+CALL, NO, STOP = b"C", b"N", b"S"  # to here
+# What the bodies of CALL and ENDED begin with: whether it is a report, and how long the rest of the head is.
+CALL_HEAD = struct.Struct("!I")
+END_HEAD = struct.Struct("!?I")
 
 _START_S = 60.0  # a fresh interpreter, with what it imports from a slow file system
 _CONNECT_S = 20.0
 _CONTEXT_S = 600.0  # for what may be large, from another node
-_ANSWER_S = 60.0  # an answer takes a moment; whoever gives none has hung
 _PARENT_LOOK_S = 1.0  # where the system does not tell when a process ends
 _NO_CONTEXT = pickle.dumps({})
 # What Ray sets in its worker's environment for a call's share of the node: a child must be born with it.
@@ -65,52 +68,58 @@ class Home:
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
-    """What a Ray worker is to do, beside the pickle of the call itself.
+class Visit:
+    """What a task of Ray is: to serve calls that need the same.
 
     Attributes:
-        number: the call's, among those of the process that has submitted it.
-        name, cpus, gpus, timeout: see `CallOptions`.
-        levels: the loggers' levels, pickled.
-        context: a number for what it sees of the context, and Ray's reference of its pickle; a reference
-            within a tuple is not looked up before somebody needs it.
-        home: who has submitted it.
+        number: its own, among those of the process that submits the calls.
+        cpus, gpus: see `CallOptions`.
+        context: a number for what the calls see of the context, and Ray's reference of its pickle; a
+            reference within a tuple is not looked up before somebody needs it.
+        home: who submits the calls.
     """
 
     number: int
-    name: str
     cpus: int
     gpus: int
-    timeout: float | None
-    levels: bytes
     context: tuple[int, Any] | None
     home: Home
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """What has become of a call.
+class Order:
+    """What is told of a call, beside the pickle of the call itself.
 
     Attributes:
-        ran: whether it was begun; if not, it was not wanted any more, or not yet.
-        report: the child's last message about it, if that has come.
-        failure: the pickled exception, if something else has happened.
-        output: what it has printed.
+        name, timeout: see `CallOptions`.
+        levels: the loggers' levels, pickled; None if they are as before.
     """
 
-    ran: bool
-    report: bytes | None = None
-    failure: bytes | None = None
-    output: str = ""
+    name: str
+    timeout: float | None
+    levels: bytes | None
 
 
-def run_call(order: Order, message: bytes) -> Outcome:
-    """Run a call, if it is still wanted: what Ray runs as a task."""
+def serve(visit: Visit) -> bytes | None:
+    """Serve calls until there are no more for this visit: what Ray runs as a task.
+
+    Returns:
+        A pickled exception, if it could not.
+    """
     try:
-        return _Place.here().run(order, message)
+        return _Place.here().serve(visit)
     except KeyboardInterrupt:  # how Ray cancels a task that has just started
         _Place.clear()
         raise
+
+
+def keep_alive(joined: socket.socket) -> None:
+    """Let a connection over the network be prompt, and end when the other side's machine has gone."""
+    joined.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    joined.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 20), ("TCP_KEEPCNT", 6)):
+        if hasattr(socket, option):  # not all systems have them
+            joined.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
 class _Link:
@@ -127,42 +136,43 @@ class _Link:
                 raise
         else:
             joined = socket.create_connection(home.address, _CONNECT_S)
-            joined.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            joined.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            keep_alive(joined)
         joined.settimeout(None)
         self._connection = Connection(joined.detach())
         self._line = Line(self._connection)
         self._stopped: set[int] = set()
-        self._answers: dict[int, bool] = {}
+        self._answers: deque[memoryview] = deque()
         self.lost = False
         self.say(HELLO, 0, home.token)
 
-    def say(self, word: bytes, number: int, body: bytes | memoryview = b"") -> None:
+    def say(self, word: bytes, number: int, *body: bytes | memoryview) -> None:
         try:
-            self._connection.send_bytes(HEAD.pack(word, number) + body)
+            self._connection.send_bytes(b"".join((HEAD.pack(word, number), *body)))
         except OSError:
             self.lost = True
 
-    def ask(self, number: int, pid: int | None) -> bool:
-        """Whether the call is to be run, here and now."""
-        self.say(ASK, number, pickle.dumps((processes.host_name(), pid)))
-        deadline = time.monotonic() + _ANSWER_S
+    def answer(self) -> tuple[int, Order, memoryview] | None:
+        """The next call: its number, and its message; None if there is none for this visit."""
         poll = select.poll()
         poll.register(self._line.fd, select.POLLIN)
-        while number not in self._answers and not self.lost:
-            poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
+        while not self._answers:
+            poll.poll()  # an answer, or the end of the connection: the system looks after that
             self._hear()
-            if time.monotonic() > deadline:
-                self.lost = True
-        return self._answers.pop(number, False) and not self.lost
+            if self.lost and not self._answers:
+                return None
+        message = self._answers.popleft()
+        word, number = HEAD.unpack_from(message)
+        if word == NO:
+            return None
+        start = HEAD.size + CALL_HEAD.size
+        [size] = CALL_HEAD.unpack_from(message, HEAD.size)
+        self._stopped.clear()
+        return number, Order(*pickle.loads(message[start : start + size])), message[start + size :]
 
     def is_stopped(self, number: int) -> bool:
         """Whether the call is to be ended: whoever has submitted it says so, or has gone."""
         self._hear()
         return self.lost or number in self._stopped
-
-    def forget(self, number: int) -> None:
-        self._stopped.discard(number)
 
     def _hear(self) -> None:
         try:
@@ -172,7 +182,7 @@ class _Link:
                     if word == STOP:
                         self._stopped.add(number)
                     else:
-                        self._answers[number] = word == GO
+                        self._answers.append(message)
         except (EOFError, OSError):
             self.lost = True
 
@@ -186,35 +196,46 @@ class _Worker(KeptProcessWorker):
 
     def __init__(self) -> None:
         super().__init__(Surroundings({}))
-        self._order: Order
-        self._message = b""
+        self._visit: Visit
         self._link: _Link
+        self._number = 0  # of the call
+        self._message: bytes | memoryview = b""
         self._announced: int | None = None
-        self._pickled_levels = b""
-        self.ended: dict[str, Any] = {}
+        self._wanted_levels: bytes | None = None
+        self._pickled_levels: bytes | None = None  # what the child has
+        self._ended: tuple[bool, bytes | memoryview] = False, b""
 
-    def do(self, order: Order, message: bytes, link: _Link) -> Outcome:
-        self._order, self._message, self._link = order, message, link
+    def serve(self, visit: Visit, link: _Link) -> None:
+        """Do the calls of a visit."""
+        self._visit, self._link = visit, link
         self._announced = self.pid
-        self.ended = {}
-        options = CallOptions(name=order.name, cpus=order.cpus, timeout=order.timeout)
-        call = Call(len, (), {}, options=options)
-        call.begin()
-        future = call.future
-        self.run(call)
-        self._message = b""
-        return Outcome(True, output=future.output, **self.ended)
+        link.say(READY, visit.number, pickle.dumps((processes.host_name(), self.pid)))
+        while (answer := link.answer()) is not None:
+            self._number, order, self._message = answer
+            del answer
+            if order.levels is not None:
+                self._wanted_levels = order.levels
+            options = CallOptions(name=order.name, cpus=visit.cpus, timeout=order.timeout)
+            call = Call(len, (), {}, options=options)
+            call.begin()
+            future = call.future
+            self.run(call)
+            is_report, body = self._ended
+            printed = future.output.encode()
+            self._message, self._ended = b"", (False, b"")
+            link.say(ENDED, self._number, END_HEAD.pack(is_report, len(printed)), printed, body)
+            del body
 
     def _is_stopped(self, call: Call) -> bool:
-        return self._link.is_stopped(self._order.number)
+        return self._link.is_stopped(self._number)
 
     def _announce(self, call: Call) -> None:
         if self.pid != self._announced:
             self._announced = self.pid
-            self._link.say(PID, self._order.number, pickle.dumps(self.pid))
+            self._link.say(PID, self._number, pickle.dumps(self.pid))
 
     def _start_fresh(self, environment: dict[str, str]) -> Peer:
-        self._pickled_levels = b""
+        self._pickled_levels = None
         serve = partial(_serve, os.getpid())
         return self._start(fresh_processes(), serve, environment=environment, start_timeout=_START_S)
 
@@ -222,11 +243,11 @@ class _Worker(KeptProcessWorker):
         return self._message
 
     def _dump_context(self, call: Call) -> bytes:
-        if self._order.context is None:
+        if self._visit.context is None:
             return _NO_CONTEXT
         import ray  # this module is imported by the child as well, which has no need of it
 
-        [reference] = self._order.context[1]
+        [reference] = self._visit.context[1]
         try:
             pickled: bytes = ray.get(reference, timeout=_CONTEXT_S)
         except ray.exceptions.RayError as error:
@@ -236,30 +257,30 @@ class _Worker(KeptProcessWorker):
         return pickled
 
     def _filter(self, call: Call) -> Hashable:
-        context = self._order.context
-        return None if context is None else (self._order.home.token, context[0])
+        context = self._visit.context
+        return None if context is None else (self._visit.home.token, context[0])
 
     def _changed_levels(self) -> dict[str, int] | None:
-        if self._order.levels == self._pickled_levels:
+        if self._wanted_levels is None or self._wanted_levels == self._pickled_levels:
             return None
-        self._pickled_levels = self._order.levels
-        levels: dict[str, int] = pickle.loads(self._order.levels)
+        self._pickled_levels = self._wanted_levels
+        levels: dict[str, int] = pickle.loads(self._wanted_levels)
         return levels
 
     def _record(self, pickled: memoryview) -> None:
-        self._link.say(LOG, self._order.number, pickled)
+        self._link.say(LOG, self._number, pickled)
 
     def _report(self, call: Call, message: memoryview) -> None:
-        self.ended = {"report": bytes(message)}
+        self._ended = True, message
         call.succeed(None)
 
     def _fail(self, call: Call, error: BaseException) -> None:
-        self.ended = {"failure": cloudpickle.dumps(error)}
+        self._ended = False, cloudpickle.dumps(error)
         call.fail(error)
 
 
 class _Place:
-    """What a Ray worker keeps from one call to the next: its child, and its connections.
+    """What a Ray worker keeps from one visit to the next: its child, and its connections.
 
     There is one per process; the thread in which Ray runs tasks owns it.
     """
@@ -287,34 +308,33 @@ class _Place:
         self._worker = _Worker()
         self._shares: tuple[str | None, ...] = ()
 
-    def run(self, order: Order, message: bytes) -> Outcome:
+    def serve(self, visit: Visit) -> bytes | None:
         try:
-            link = self._link(order.home)
+            link = self._link(visit.home)
         except OSError as error:
-            where = order.home.address
+            where = visit.home.address
             if not isinstance(where, str):
                 where = f"{where[0]}:{where[1]}"
-            told = JobExecutionError(
-                f"The call {order.name!r} has not run: a Ray worker on {processes.host_name()} cannot reach "
-                f"the process that submitted it, at {where}: "
-                f"{error}. Its `host` says by which name or address the nodes reach it.",
-                reason="UNREACHABLE",
-                node=processes.host_name(),
+            told: bytes = cloudpickle.dumps(
+                JobExecutionError(
+                    f"A Ray worker on {processes.host_name()} cannot reach the process that submits its "
+                    f"calls, at {where}: {error}. That one's `host` says by which name or address it is "
+                    "reached.",
+                    reason="UNREACHABLE",
+                    node=processes.host_name(),
+                )
             )
-            return Outcome(False, failure=cloudpickle.dumps(told))
+            return told
         shares = tuple(map(os.environ.get, _SHARES))
         if shares != self._shares:
             self._worker.close()
             self._shares = shares
-        if not link.ask(order.number, self._worker.pid):
-            return Outcome(False)
         try:
-            return self._worker.do(order, message, link)
+            self._worker.serve(visit, link)
         finally:
-            if order.gpus:
+            if visit.gpus:
                 self._worker.close()  # what it holds of a GPU's memory is not its own any more
-            link.say(ENDED, order.number)
-            link.forget(order.number)
+        return None
 
     def close(self) -> None:
         self._worker.close()
@@ -323,7 +343,7 @@ class _Place:
 
     def _link(self, home: Home) -> _Link:
         link = self._links.get(home)
-        if link is None or link.lost or link.is_stopped(0):
+        if link is None or link.is_stopped(0):
             for other in [other for other, one in self._links.items() if one.is_stopped(0)]:
                 self._links.pop(other).close()
             link = self._links[home] = _Link(home)
