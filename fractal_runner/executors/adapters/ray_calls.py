@@ -196,7 +196,9 @@ class Manager:
         for queue in list(self._queues.values()):
             queue.drop_ended()
             wanted = min(len(queue.items), free)
-            for _ in range(wanted - len(queue.asked_for)):
+            # A visit that leaves is replaced once Ray has its place back: else Ray would keep that for us,
+            # while others wait for it.
+            for _ in range(wanted - len(queue.asked_for) - queue.leaving):
                 if not self._ask_for_place(queue):
                     break
             if not queue.items and not queue.visits:
@@ -208,7 +210,7 @@ class Manager:
             elif self._closing or time.monotonic() > queue.surplus_at + _SURPLUS_S:
                 for visit in list(queue.asked_for.values())[len(queue.items) :]:
                     del queue.asked_for[visit.number]
-                    visit.state = State.LEAVING
+                    visit.leave()
                     self._instance.ray.cancel(visit.ref)
 
     def _ask_for_place(self, queue: Queue) -> bool:
@@ -241,8 +243,7 @@ class Manager:
             channel.give(item.number, item.name, item.timeout, item.levels, item.message)
             item.message = b""
         elif self._closing or queue.items or now >= visit.until:
-            visit.state = State.LEAVING
-            channel.say(ray_worker.NO, 0)
+            visit.leave()
         else:
             visit.state = State.PARKED
             visit.until = min(visit.until, now + _PARKED_S)
@@ -314,6 +315,7 @@ class Manager:
         self._due.pop(visit.number, None)
         queue, item, error = visit.queue, visit.item, visit.error
         queue.visits -= 1
+        queue.leaving -= visit.state == State.LEAVING
         visit.ref = None
         if queue.asked_for.pop(visit.number, None) is not None and visit.state == State.ASKED_FOR:
             queue.failed += 1
@@ -348,9 +350,7 @@ class Manager:
         for visit in list(self._due.values()):
             if visit.state == State.PARKED and (now > visit.until or self._closing):
                 del self._due[visit.number]
-                visit.state = State.LEAVING
-                if visit.channel is not None:
-                    visit.channel.say(ray_worker.NO, 0)
+                visit.leave()
             elif visit.over_at is not None and now > visit.over_at + _LAST_WORDS_S:
                 self._finish(visit)
             elif visit.force_at is not None and now > visit.force_at:

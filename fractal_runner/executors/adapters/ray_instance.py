@@ -10,6 +10,7 @@ import fcntl
 import logging
 import os
 import secrets
+import socket
 import subprocess
 import tempfile
 import threading
@@ -31,6 +32,7 @@ _LONGEST_FOLDER = 107 - 72
 _OPEN_S = 180.0
 _CLOSE_S = 60.0
 _LOOK_S = 0.5
+_KNOCK_S = 20.0
 _NODES_KEPT_S = 5.0
 _LOCK = "in-use"
 _OWN = "r"  # Ray lets everybody write to its directory: it has one within ours
@@ -186,7 +188,8 @@ class Instance:
         options: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
         if settings.runtime_env is not None:
             options["runtime_env"] = dict(settings.runtime_env)
-        if not self.is_local:
+        if settings.address is not None:
+            _knock(settings.address)
             with _quiet():
                 self.ray.init(address=settings.address, **options)
             return
@@ -337,7 +340,7 @@ def _check_borrowed(instance: Instance, settings: Settings) -> None:
 
 def _told(settings: Settings, error: BaseException) -> BaseException:
     """The error, with what was tried."""
-    if not isinstance(error, Exception):
+    if not isinstance(error, Exception) or (settings.address is not None and type(error) is ValueError):
         return error
     what = "A local Ray instance cannot be started"
     if settings.address is not None:
@@ -366,6 +369,21 @@ def sweep(parent: Path) -> None:
                 clean(folder)
             finally:
                 os.close(fd)
+
+
+def _knock(address: str) -> None:
+    """See that somebody listens at a cluster's address: where nobody does, Ray ends the whole program.
+
+    Raises:
+        OSError: if nobody does.
+        ValueError: if it is no address.
+    """
+    if address == "auto":
+        return
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit():
+        raise ValueError(f"{address!r} is neither 'host:port' nor 'auto'")
+    socket.create_connection((host.strip("[]"), int(port)), _KNOCK_S).close()
 
 
 @contextmanager

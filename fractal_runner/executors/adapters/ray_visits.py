@@ -7,6 +7,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
+from fractal_runner.executors.adapters import ray_worker
 from fractal_runner.executors.adapters.ray_channel import Channel
 from fractal_runner.executors.calls import Call
 
@@ -84,6 +85,13 @@ class Visit:
         self.over_at: float | None = None  # when Ray said that it is over
         self.error: BaseException | None = None
 
+    def leave(self) -> None:
+        """Let it be over: it gets no more calls."""
+        self.state = State.LEAVING
+        self.queue.leaving += 1
+        if self.channel is not None:
+            self.channel.say(ray_worker.NO, 0)
+
 
 class Queue:
     """Calls that need the same, and the visits for them. The manager's thread owns all of it."""
@@ -95,6 +103,7 @@ class Queue:
         self.items: deque[Item] = deque()
         self.asked_for: dict[int, Visit] = {}
         self.visits = 0
+        self.leaving = 0  # of them
         self.failed = 0  # visits, one after another, that have not got going
         self.surplus_at: float | None = None  # since when there are more places asked for than calls
 

@@ -77,6 +77,7 @@ def start(tmp_path: Path, gate: Gate) -> Iterator[Start]:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
+                env={**os.environ, "HOME": str(tmp_path)},
                 start_new_session=True,
             )
         )
@@ -124,6 +125,7 @@ def test_what_was_submitted_finishes_before_the_interpreter_ends(
 
     assert (script.returncode, out, err) == (0, "", "")
     assert done(tmp_path) == [0, 1, 2, 3]
+    assert not (tmp_path / ".ray").exists()  # where Ray would put a password
     assert_gone(family)
     assert not instance_of(tmp_path).exists()
 
