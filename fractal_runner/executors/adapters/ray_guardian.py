@@ -17,10 +17,6 @@ from pathlib import Path
 
 from fractal_runner.worker import processes
 
-MARK = (
-    "FRACTAL_RUNNER_RAY"  # in the environment of all that belongs to an instance; its value is the directory
-)
-
 _END_S = 5.0
 _LOOK_S = 1.0  # where the system does not tell when a process ends
 _PROGRAM = (
@@ -43,12 +39,36 @@ def start(folder: Path) -> subprocess.Popen[bytes]:
 
 def clean(folder: Path) -> list[int]:
     """End the processes of the instance in `folder`, and remove it; what could not be ended."""
-    mark = f"{MARK}={folder}".encode()
-    left = processes.end_found(
-        lambda: [pid for pid in processes.bearers(mark) if processes.is_running(pid)], 0, _END_S
-    )
+    left = processes.end_found(lambda: members(folder), 0, _END_S)
     shutil.rmtree(folder, ignore_errors=True)
     return left
+
+
+def members(folder: Path) -> list[int]:
+    """Ray's processes of the instance in `folder`, but for what its workers have started.
+
+    Ray's daemons are started with that path. Its workers and agents write titles over their commands and
+    environments, and have their logs open there; so may others (a fork of ours, somebody who reads them).
+    """
+    own, found = os.getpid(), []
+    for pid, entry in processes.table().items():
+        if entry.is_running and pid != own:
+            with suppress(OSError):  # it has ended meanwhile, or is somebody else's
+                command = Path(f"/proc/{pid}/cmdline").read_bytes()
+                if command.startswith(b"ray::"):
+                    fds = Path(f"/proc/{pid}/fd").iterdir()
+                    is_member = any(_leads_into(fd, folder) for fd in fds)
+                else:
+                    is_member = os.fsencode(folder) in command and b"/ray/" in command
+                if is_member:
+                    found.append(pid)
+    return found
+
+
+def _leads_into(fd: Path, folder: Path) -> bool:
+    with suppress(OSError):  # it is closed again
+        return fd.readlink().is_relative_to(folder)
+    return False
 
 
 def main(folder: str) -> None:

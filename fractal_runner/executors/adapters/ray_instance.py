@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from fractal_runner.errors import ExecutorError
-from fractal_runner.executors.adapters.ray_guardian import MARK, clean, start
+from fractal_runner.executors.adapters.ray_guardian import clean, start
 from fractal_runner.quantities import format_size
 
 PREFIX = "fr-ray-"
@@ -201,7 +201,7 @@ class Instance:
         }
         options |= {"_memory": settings.memory, "object_store_memory": settings.object_store_memory}
         # A token of our own: Ray would make one in the home directory, which everybody can read.
-        own = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_TOKEN": _TOKEN, MARK: str(folder)}
+        own = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_TOKEN": _TOKEN}
         with _quiet(), _environment(own, kept="RAY_AUTH_MODE"):
             self.ray.init(address="local", **options)
 

@@ -20,7 +20,6 @@ from fractal_runner.errors import ExecutorError, JobExecutionError
 from fractal_runner.executors.adapters import ray_instance
 from fractal_runner.executors.adapters.ray import RayExecutor
 from fractal_runner.executors.adapters.ray_ends import error_of, is_of_the_place
-from fractal_runner.executors.adapters.ray_guardian import MARK
 from fractal_runner.executors.adapters.ray_instance import Node, possible_nodes
 from fractal_runner.executors.calls import current_context
 from fractal_runner.testing import PATIENCE_S, Gate, is_alive, wait_until
@@ -351,7 +350,7 @@ def test_naming_the_executor_does_not_load_ray() -> None:
 
 
 def test_the_environment_is_as_before_and_there_is_no_dashboard(instance: RayExecutor) -> None:
-    assert not {"RAY_USAGE_STATS_ENABLED", "RAY_AUTH_TOKEN", "RAY_AUTH_MODE", MARK} & os.environ.keys()
+    assert not {"RAY_USAGE_STATS_ENABLED", "RAY_AUTH_TOKEN", "RAY_AUTH_MODE"} & os.environ.keys()
     assert instance._instance.ray._private.worker._global_node.webui_url == ""
     daemons = [one for one in psutil.Process().children() if "gcs_server" in one.name()]
     assert [one.environ()["RAY_USAGE_STATS_ENABLED"] for one in daemons] == ["0"]
