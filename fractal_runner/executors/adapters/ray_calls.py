@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fractal_runner.errors import JobExecutionError
 from fractal_runner.executors.adapters import ray_worker
 from fractal_runner.executors.adapters.ray_channel import Channel
 from fractal_runner.executors.adapters.ray_ends import error_of, is_of_the_place
@@ -214,6 +215,10 @@ class Manager:
                     self._instance.ray.cancel(visit.ref)
 
     def _ask_for_place(self, queue: Queue) -> bool:
+        if not self._instance.is_open():  # Ray would start an instance of its own to be asked
+            closed = "this process's connection to Ray has been closed"
+            self._fail_all(queue, JobExecutionError(closed, reason="CONNECTION_CLOSED"))
+            return False
         number = next(self._numbers)
         visit = Visit(number, queue)
         needs = queue.needs

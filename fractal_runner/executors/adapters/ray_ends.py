@@ -22,7 +22,7 @@ _ENDS: dict[str, tuple[str, str]] = {
     "ObjectStoreFullError": ("OBJECT_STORE_FULL", "Ray's object store has no room for its result"),
     "OutOfDiskError": ("OUT_OF_DISK", "Ray has no room on its disk for its result"),
 }
-_ELSE = "RAY", "Ray could not run it"
+_ELSE = "RAY", "Ray reports an error, which `info` has in full"
 # After these a call that had not begun is handed to Ray once more: it is not the call's fault.
 _OF_THE_PLACE = frozenset({"WorkerCrashedError", "OutOfMemoryError", "NodeDiedError", "LocalRayletDiedError"})
 

@@ -135,6 +135,10 @@ class Instance:
         if self._problem is not None:
             raise self._problem
 
+    def is_open(self) -> bool:
+        """Whether it can be used; a borrowed one is the caller's to close."""
+        return not self._to_be_closed.is_set() and bool(self.ray.is_initialized())
+
     def node_address(self) -> str:
         """By which address the nodes of the cluster know this one."""
         address: str = self.ray.util.get_node_ip_address()
@@ -143,7 +147,8 @@ class Instance:
     def nodes(self) -> list[Node]:
         """The nodes that there are, and those that the cluster's autoscaler could add."""
         at, nodes = self._nodes
-        if not nodes or time.monotonic() > at + _NODES_KEPT_S:
+        # Once it is closed there is nobody to ask, and Ray would start an instance to do so.
+        if not nodes or (self.is_open() and time.monotonic() > at + _NODES_KEPT_S):
             nodes = [
                 Node(node["NodeManagerHostname"], node["Resources"])
                 for node in self.ray.nodes()
@@ -233,10 +238,21 @@ class Instance:
 
 
 class _Shared:
-    """The instance of this process, and how many use it."""
+    """The instance of this process."""
 
     lock = threading.Lock()
     instance: Instance | None = None
+    is_fork = False  # of a process that had one
+
+    @classmethod
+    def reset(cls) -> None:
+        cls.lock = threading.Lock()
+        cls.is_fork = cls.is_fork or cls.instance is not None
+        cls.instance = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_Shared.reset)
 
 
 def acquire(settings: Settings) -> Instance:
@@ -247,7 +263,13 @@ def acquire(settings: Settings) -> Instance:
         ExecutorError: if there is no Ray at the address, or it does not start.
         ImportError: if it is not installed.
         TimeoutError: if it takes too long.
+        RuntimeError: in a fork of a process that is connected.
     """
+    if _Shared.is_fork:
+        raise RuntimeError(
+            "This process is a fork of one that is connected to Ray, and Ray's connections do not survive "
+            "that: make it a fresh interpreter (multiprocessing's start method 'spawn')"
+        )
     if settings.address is not None and settings.address.startswith("ray://"):
         raise ValueError(
             f"address={settings.address!r} is one for Ray's client, behind which its workers cannot reach "

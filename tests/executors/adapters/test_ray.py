@@ -401,6 +401,21 @@ def test_a_cluster_that_is_not_there_is_an_error_that_names_it(tmp_path: Path) -
     assert wrong == "ValueError 'head' is neither 'host:port' nor 'auto'"
 
 
+def test_a_fork_cannot_have_a_connection_of_its_own(instance: RayExecutor) -> None:
+    reading, writing = os.pipe()
+    if (pid := os.fork()) == 0:
+        try:
+            RayExecutor(1)
+        except RuntimeError as error:
+            os.write(writing, str(error).encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as told:
+        assert b"a fork of one that is connected to Ray" in told.read()
+    os.waitpid(pid, 0)
+
+
 BORROWED = """
 import json, os, sys, time
 import ray
@@ -421,8 +436,12 @@ with RayExecutor() as executor:
     both = [view.submit(devices, 1) for _ in range(2)]
     known = [executor.max_workers, executor.is_remote]
     result = [sorted(future.result() for future in both), executor.submit(devices).result() or ""]
-print(json.dumps([result, known, refused, ray.is_initialized()]))
-ray.shutdown()
+still = ray.is_initialized()
+with RayExecutor() as executor:
+    ray.shutdown()
+    closed = str(executor.submit(devices).exception(30))
+    assert executor.options(cpus=1).max_workers == 2
+print(json.dumps([result, known, refused, still, closed, ray.is_initialized()]))
 """
 
 
@@ -435,12 +454,14 @@ def test_a_connection_that_the_caller_has_made_is_used_and_left_open(tmp_path: P
     finally:
         subprocess.run(["rm", "-rf", str(folder)], check=True, timeout=PATIENCE_S)
 
-    (devices, without), known, refused, open_ = json.loads(out.splitlines()[-1])
+    (devices, without), known, refused, still, closed, again = json.loads(out.splitlines()[-1])
     assert devices == ["0", "1"]
     assert without not in ("0", "1")
     assert known == [2, True]
     assert "give it to ray.init" in refused
-    assert open_
+    assert still
+    assert "connection to Ray has been closed" in closed
+    assert not again
 
 
 def run_script(tmp_path: Path, text: str, *arguments: str, **environment: str) -> str:
