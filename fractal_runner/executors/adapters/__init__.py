@@ -1,1 +1,1 @@
-"""Executors over the engines of others: their workers, our contract."""
+"""Executors over the engines of others: their workers, our contract. Each needs its extra."""

@@ -124,7 +124,7 @@ class _ProcessWorker(Worker):
             deadline = self._send(call)
             self.rest()
             assert self._peer is not None
-            message = self._peer.receive(deadline, lambda: self._stopping == call.id)
+            message = self._peer.receive(deadline, lambda: self._is_stopped(call))
         except TimeoutError:
             self._end(call, timeout_error(call, "its worker process was ended"))
         except InterruptedError:
@@ -154,6 +154,10 @@ class _ProcessWorker(Worker):
             ExecutorError, JobExecutionError, OSError: if it cannot be got there.
             TimeoutError, InterruptedError: if it took too long, or was stopped meanwhile.
         """
+
+    def _is_stopped(self, call: Call) -> bool:
+        """Whether the call is to be ended; asked often."""
+        return self._stopping == call.id
 
     def _deadline(self, call: Call) -> float | None:
         return None if call.options.timeout is None else time.monotonic() + call.options.timeout
@@ -240,7 +244,7 @@ class KeptProcessWorker(_ProcessWorker):
             messages = (
                 [message] if settings is None else [child.SETTINGS + cloudpickle.dumps(settings), message]
             )
-            if all(self._peer.send(one, deadline, lambda: self._stopping == call.id) for one in messages):
+            if all(self._peer.send(one, deadline, lambda: self._is_stopped(call)) for one in messages):
                 return deadline
             if fresh:
                 raise self._peer.death(f"before it took {call.name!r}") from None
