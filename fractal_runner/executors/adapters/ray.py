@@ -11,9 +11,9 @@ from functools import partial
 from typing import Any, TypeVar
 
 from fractal_runner.errors import did_you_mean
-from fractal_runner.executors.adapters.ray_calls import Manager
-from fractal_runner.executors.adapters.ray_instance import Node, Settings, acquire, load_ray, release
-from fractal_runner.executors.adapters.ray_visits import Item, Needs
+from fractal_runner.executors.adapters.rayengine.calls import Manager
+from fractal_runner.executors.adapters.rayengine.instance import Node, Settings, acquire, load_ray, release
+from fractal_runner.executors.adapters.rayengine.visits import Item, Needs
 from fractal_runner.executors.base import Executor, View, at_least_one, info_of
 from fractal_runner.executors.calls import Call, CallOptions, TaskInfo
 from fractal_runner.executors.cpus import usable_cpus

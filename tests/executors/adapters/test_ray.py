@@ -17,10 +17,9 @@ import psutil
 import pytest
 
 from fractal_runner.errors import ExecutorError, JobExecutionError
-from fractal_runner.executors.adapters import ray_instance
 from fractal_runner.executors.adapters.ray import RayExecutor
-from fractal_runner.executors.adapters.ray_ends import error_of, is_of_the_place
-from fractal_runner.executors.adapters.ray_instance import Node, possible_nodes
+from fractal_runner.executors.adapters.rayengine.ends import error_of, is_of_the_place
+from fractal_runner.executors.adapters.rayengine.instance import _TOKEN, Node, possible_nodes, short_folder
 from fractal_runner.executors.calls import current_context
 from fractal_runner.testing import PATIENCE_S, Gate, is_alive, wait_until
 
@@ -229,7 +228,7 @@ def test_a_dying_ray_worker_fails_its_call_alone_and_takes_all_of_it_along(
 def test_a_ray_worker_that_cannot_end_a_call_is_ended_itself(
     executor: RayExecutor, gate: Gate, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fractal_runner.executors.adapters.ray_calls._FORCE_S", 0.0)
+    monkeypatch.setattr("fractal_runner.executors.adapters.rayengine.calls._FORCE_S", 0.0)
     future = executor.submit(gate.wait)
     [pid] = gate.await_arrivals(1)
     wait_until(future.running, "it is known to run")
@@ -376,7 +375,7 @@ def test_it_joins_a_cluster_by_its_address_and_leaves_it_running(
 ) -> None:
     address = instance._instance.ray.get_runtime_context().gcs_address
 
-    out = run_script(tmp_path, FOREIGN, address, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=ray_instance._TOKEN)
+    out = run_script(tmp_path, FOREIGN, address, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=_TOKEN)
 
     result, known, dead = json.loads(out)
     assert result == 49**2
@@ -446,7 +445,7 @@ print(json.dumps([result, known, refused, still, closed, ray.is_initialized()]))
 
 
 def test_a_connection_that_the_caller_has_made_is_used_and_left_open(tmp_path: Path) -> None:
-    folder = ray_instance.short_folder() / f"fr-borrowed-{os.getpid()}"
+    folder = short_folder() / f"fr-borrowed-{os.getpid()}"
     try:
         out = run_script(
             tmp_path, BORROWED, str(folder), RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0"

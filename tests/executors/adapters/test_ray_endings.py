@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from fractal_runner.executors.adapters.ray import RayExecutor
-from fractal_runner.executors.adapters.ray_instance import PREFIX, short_folder, sweep
+from fractal_runner.executors.adapters.rayengine.instance import PREFIX, short_folder, sweep
 from fractal_runner.testing import PATIENCE_S, Gate, wait_until
 
 PREAMBLE = """
@@ -207,7 +207,7 @@ def test_what_a_killed_guardian_leaves_goes_with_the_next_start_and_nothing_else
     assert left.parent == short_folder()
     assert left.name.startswith(PREFIX)
     assert left.stat().st_mode & 0o777 == 0o700
-    [guardian] = [one for one in family if "ray_guardian" in " ".join(one.cmdline())]
+    [guardian] = [one for one in family if "rayengine.guardian" in " ".join(one.cmdline())]
 
     guardian.kill()
     script.kill()

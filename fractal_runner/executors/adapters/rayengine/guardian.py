@@ -21,14 +21,14 @@ _END_S = 5.0
 _LOOK_S = 1.0  # where the system does not tell when a process ends
 _PROGRAM = (
     "import sys; sys.path[0] = sys.argv[1]; "
-    "from fractal_runner.executors.adapters.ray_guardian import main; main(sys.argv[2])"
+    "from fractal_runner.executors.adapters.rayengine.guardian import main; main(sys.argv[2])"
 )
 
 
 def start(folder: Path) -> subprocess.Popen[bytes]:
     """Start the guardian of this process's instance in `folder`; whoever closes that ends the guardian."""
     return subprocess.Popen(
-        [sys.executable, "-c", _PROGRAM, str(Path(__file__).parents[3]), str(folder)],
+        [sys.executable, "-c", _PROGRAM, str(Path(__file__).parents[4]), str(folder)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

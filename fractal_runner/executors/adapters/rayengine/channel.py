@@ -10,8 +10,8 @@ from collections import deque
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
-from fractal_runner.executors.adapters import ray_worker
-from fractal_runner.executors.adapters.ray_worker import CALL_HEAD, HEAD
+from fractal_runner.executors.adapters.rayengine import worker
+from fractal_runner.executors.adapters.rayengine.worker import CALL_HEAD, HEAD
 from fractal_runner.executors.local.line import Line
 
 
@@ -26,7 +26,7 @@ class Channel:
 
     def __init__(self, joined: socket.socket, token: bytes, selector: selectors.BaseSelector) -> None:
         if joined.family != socket.AF_UNIX:
-            ray_worker.keep_alive(joined)
+            worker.keep_alive(joined)
         self._connection = Connection(joined.detach())
         self._line = Line(self._connection)
         self._token = token
@@ -49,7 +49,7 @@ class Channel:
             body = message[HEAD.size :]
             if self._is_known:
                 heard(self, word, number, body)
-            elif word == ray_worker.HELLO and hmac.compare_digest(bytes(body), self._token):
+            elif word == worker.HELLO and hmac.compare_digest(bytes(body), self._token):
                 self._is_known = True
             else:
                 return False  # a stranger: nothing that it says is unpickled
@@ -60,7 +60,7 @@ class Channel:
         changed = None if levels == self._levels else levels
         self._levels = levels
         order = pickle.dumps((name, timeout, changed))
-        head = HEAD.pack(ray_worker.CALL, number) + CALL_HEAD.pack(len(order))
+        head = HEAD.pack(worker.CALL, number) + CALL_HEAD.pack(len(order))
         self._send(b"".join((head, order, message)))
 
     def say(self, word: bytes, number: int) -> None:

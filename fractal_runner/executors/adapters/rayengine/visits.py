@@ -7,8 +7,8 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
-from fractal_runner.executors.adapters import ray_worker
-from fractal_runner.executors.adapters.ray_channel import Channel
+from fractal_runner.executors.adapters.rayengine import worker
+from fractal_runner.executors.adapters.rayengine.channel import Channel
 from fractal_runner.executors.calls import Call
 
 
@@ -90,7 +90,7 @@ class Visit:
         self.state = State.LEAVING
         self.queue.leaving += 1
         if self.channel is not None:
-            self.channel.say(ray_worker.NO, 0)
+            self.channel.say(worker.NO, 0)
 
 
 class Queue:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from fractal_runner.errors import ExecutorError
-from fractal_runner.executors.adapters.ray_guardian import clean, start
+from fractal_runner.executors.adapters.rayengine.guardian import clean, start
 from fractal_runner.quantities import format_size
 
 PREFIX = "fr-ray-"

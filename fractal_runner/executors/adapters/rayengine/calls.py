@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from fractal_runner.errors import JobExecutionError
-from fractal_runner.executors.adapters import ray_worker
-from fractal_runner.executors.adapters.ray_channel import Channel
-from fractal_runner.executors.adapters.ray_ends import error_of, is_of_the_place
-from fractal_runner.executors.adapters.ray_instance import Instance, release
-from fractal_runner.executors.adapters.ray_visits import Item, Needs, Queue, State, Visit
-from fractal_runner.executors.adapters.ray_worker import END_HEAD, Home
+from fractal_runner.executors.adapters.rayengine import worker
+from fractal_runner.executors.adapters.rayengine.channel import Channel
+from fractal_runner.executors.adapters.rayengine.ends import error_of, is_of_the_place
+from fractal_runner.executors.adapters.rayengine.instance import Instance, release
+from fractal_runner.executors.adapters.rayengine.visits import Item, Needs, Queue, State, Visit
+from fractal_runner.executors.adapters.rayengine.worker import END_HEAD, Home
 from fractal_runner.executors.base import stopped_error
 from fractal_runner.executors.calls import Call
 from fractal_runner.executors.local.reports import handle_record, report_end
@@ -74,7 +74,7 @@ class Manager:
         self._closing = False
         self._broken: BaseException | None = None  # why nothing goes on any more
         self._linger_at: float | None = None
-        self._remote = instance.ray.remote(max_retries=0, max_calls=0)(ray_worker.serve)
+        self._remote = instance.ray.remote(max_retries=0, max_calls=0)(worker.serve)
         self._selector = selectors.DefaultSelector()
         self._woken, self._waker = socket.socketpair()
         self._woken.setblocking(False)
@@ -224,7 +224,7 @@ class Manager:
         needs = queue.needs
         try:
             visit.ref = queue.task.remote(
-                ray_worker.Visit(number, needs.cpus, needs.gpus, queue.context, self.home)
+                worker.Visit(number, needs.cpus, needs.gpus, queue.context, self.home)
             )
         except Exception as error:  # Ray's own, of many types
             self._fail_all(queue, error)
@@ -257,18 +257,18 @@ class Manager:
     # What workers say
 
     def _heard(self, channel: Channel, word: bytes, number: int, body: memoryview) -> None:
-        if word == ray_worker.READY:
+        if word == worker.READY:
             self._arrived(channel, number, body)
             return
         visit = self._running.get(number)
         if visit is None or visit.channel is not channel or visit.item is None:
             return
-        if word == ray_worker.LOG:
+        if word == worker.LOG:
             if not visit.item.call.future.done():  # what was stopped has nothing to say any more
                 handle_record(body)
-        elif word == ray_worker.PID:
+        elif word == worker.PID:
             visit.pid = pickle.loads(body)
-        elif word == ray_worker.ENDED:
+        elif word == worker.ENDED:
             del self._running[number]
             self._due.pop(visit.number, None)
             visit.force_at = None
@@ -282,7 +282,7 @@ class Manager:
     def _arrived(self, channel: Channel, number: int, body: memoryview) -> None:
         visit = self._visits.get(number)
         if visit is None or visit.state != State.ASKED_FOR:
-            channel.say(ray_worker.NO, 0)
+            channel.say(worker.NO, 0)
             return
         visit.host, visit.pid = pickle.loads(body)
         visit.channel = channel
@@ -344,7 +344,7 @@ class Manager:
         if visit is None:
             return
         if visit.channel is not None:
-            visit.channel.say(ray_worker.STOP, number)
+            visit.channel.say(worker.STOP, number)
         visit.force_at = time.monotonic() + _FORCE_S
         self._due[visit.number] = visit
 

@@ -1,0 +1,1 @@
+"""Calls through Ray: what waits (`calls`), the connection to Ray (`instance`), what runs there (`worker`)."""
