@@ -21,6 +21,8 @@ if TYPE_CHECKING:
         TaskExecutionError,
         TaskOutputValidationError,
     )
+    from fractal_runner.executors.adapters.dask import DaskExecutor
+    from fractal_runner.executors.adapters.ray import RayExecutor
     from fractal_runner.executors.base import Executor
     from fractal_runner.executors.batch.lsf import LsfExecutor
     from fractal_runner.executors.batch.slurm import SlurmExecutor
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CallInfo",
     "CallOptions",
+    "DaskExecutor",
     "Dataset",
     "Event",
     "Executor",
@@ -69,6 +72,7 @@ __all__ = [
     "JobExecutionError",
     "LsfExecutor",
     "ProcessExecutor",
+    "RayExecutor",
     "RunBusyError",
     "RunFinished",
     "RunStarted",
@@ -106,6 +110,8 @@ _HOME_OF = {
         *("ExecutorError", "HistoryError", "InputFileError", "JobExecutionError", "RunBusyError"),
         *("TaskExecutionError", "TaskOutputValidationError"),
     ),
+    "executors.adapters.dask": ("DaskExecutor",),
+    "executors.adapters.ray": ("RayExecutor",),
     "executors.base": ("Executor",),
     "executors.batch.lsf": ("LsfExecutor",),
     "executors.batch.slurm": ("SlurmExecutor",),
