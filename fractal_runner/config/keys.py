@@ -98,12 +98,14 @@ class Section:
         other_words: keys of others, each with what it is called here.
         others: what keys that are not known take; None if there may be none.
         python_only: names of arguments that can only be given in Python.
+        refused: keys that are not to be said here, each with the reason: a sentence about "it".
     """
 
     keys: Mapping[str, Takes]
     other_words: Mapping[str, str] = field(default_factory=lambda: _NONE)
     others: Takes | None = None
     python_only: Collection[str] = ()
+    refused: Mapping[str, str] = field(default_factory=lambda: _NONE)
 
     def of(self, name: str) -> Takes | None:
         """What this key takes; None if there is none of this name."""
@@ -111,11 +113,24 @@ class Section:
 
     def unknown(self, name: str) -> str:
         """What to say of a key that there is not."""
+        if name in self.refused:
+            return self.refused[name]
         if name in self.other_words:
             return f"unknown key: it is {self.other_words[name]!r} here"
         if name in self.python_only:
             return "it can be given in Python only: no text can say it"
         return f"unknown key: {did_you_mean(name, self.keys)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Keyed:
+    """In the `Annotated` type of a mapping: which keys it has.
+
+    Attributes:
+        section: makes its section; see `Takes.section`.
+    """
+
+    section: Callable[[], Section]
 
 
 _WORDS: tuple[tuple[type, str], ...] = (
@@ -129,8 +144,8 @@ _WORDS: tuple[tuple[type, str], ...] = (
 def takes(annotation: Any) -> Takes | None:
     """What a parameter of this type takes; None if nothing that can be written is of that type.
 
-    A callable in an `Annotated` type is its `parse`. Types that say nothing (`Any`, text that could not be
-    resolved) take anything.
+    A callable in an `Annotated` type is its `parse`, a `Keyed` says which keys a mapping has. Types that say
+    nothing (`Any`, text that could not be resolved) take anything.
     """
     origin, arguments = get_origin(annotation), get_args(annotation)
     if annotation is Any or annotation is object or isinstance(annotation, (str, typing.TypeVar)):
@@ -311,8 +326,12 @@ def _any_of(annotations: typing.Iterable[Any]) -> Takes | None:
 
 def _annotated(arguments: tuple[Any, ...]) -> Takes | None:
     found = takes(arguments[0])
-    parse = next((extra for extra in arguments[1:] if callable(extra)), None)
-    return found if found is None or parse is None else replace(found, parse=parse)
+    for extra in arguments[1:] if found is not None else ():
+        if isinstance(extra, Keyed):
+            return replace(found, values=None, section=extra.section)
+        if callable(extra):
+            return replace(found, parse=extra)
+    return found
 
 
 def _section_of(typed: Any) -> Section:

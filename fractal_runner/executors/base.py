@@ -15,12 +15,12 @@ import logging
 import os
 import threading
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
 from concurrent.futures import Future
 from dataclasses import replace
 from types import MappingProxyType, TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 from fractal_runner.errors import JobExecutionError
 from fractal_runner.executors.account import Calls
@@ -50,6 +50,7 @@ class Executor(futures.Executor):
       the last call has ended; if `wait`, it returns only then, when no call is under way any more.
     - `_infos(calls)` tells `tasks` about calls that run.
     - `unusable(options)` tells beforehand why it cannot work here, for `fractal-runner executors`.
+    - `declines(options)` names what a run need not offer it by itself: a `folder`, a `path_map`.
 
     Class attributes tell what the executor can do, for its users and for `fractal_runner.testing`:
 
@@ -62,6 +63,7 @@ class Executor(futures.Executor):
         packs: calls are put together: the more of them it sees at a time, the better.
         max_workers: how many calls run at a time.
         name: what it is called in logs.
+        python_only: arguments of the constructor that no configuration can give, besides `context`.
 
     Args:
         max_workers: see above.
@@ -75,6 +77,7 @@ class Executor(futures.Executor):
     is_remote: bool = False
     in_process: bool = False
     packs: bool = False
+    python_only: ClassVar[Collection[str]] = ()
 
     def __init__(
         self,
@@ -101,6 +104,15 @@ class Executor(futures.Executor):
             The reason, which says what would help; None if nothing is known against it.
         """
         return None
+
+    @classmethod
+    def declines(cls, options: Mapping[str, Any]) -> Collection[str]:
+        """Which of its arguments are of no use to it beside these, though it would take them.
+
+        Args:
+            options: what its constructor is given.
+        """
+        return ()
 
     @abstractmethod
     def _start(self, call: Call) -> None:

@@ -19,19 +19,22 @@ from fractal_runner.config import RESERVED
 from fractal_runner.errors import did_you_mean
 from fractal_runner.executors import base, plugins
 
+_ADAPTERS = "fractal_runner.executors.adapters"
 _LOCAL = "fractal_runner.executors.local.executors"
 # By place, not by class: a name costs its import only where it is used.
 _PLACES = {
+    "dask": f"{_ADAPTERS}.dask:DaskExecutor",
     "fork": f"{_LOCAL}:ForkExecutor",
     "lsf": "fractal_runner.executors.batch.lsf:LsfExecutor",
     "process": f"{_LOCAL}:ProcessExecutor",
+    "ray": f"{_ADAPTERS}.ray:RayExecutor",
     "serial": f"{_LOCAL}:SerialExecutor",
     "slurm": "fractal_runner.executors.batch.slurm:SlurmExecutor",
     "spawn": f"{_LOCAL}:SpawnExecutor",
     "thread": f"{_LOCAL}:ThreadExecutor",
 }
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-# What a configuration or a command line cannot give.
+# What a configuration or a command line cannot give, whatever executor it is for; a class may name more.
 PYTHON_ONLY = frozenset({"context", "slots"})
 
 _logger = logging.getLogger("fractal_runner")
@@ -101,9 +104,10 @@ def check(name: str, options: Mapping[str, Any] | None = None) -> None:
     """Whether `make` would know this name and these options, without making anything.
 
     Raises:
-        ValueError: if the name or an option is unknown, naming the nearest known one.
+        ValueError: if the name or an option is unknown, naming the nearest known one; or if an option is one
+            that no text can give, as those of a run are written down.
     """
-    check_options(name, options or {}, PYTHON_ONLY)
+    check_options(name, options or {}, python_only_of(factory_of(name)))
 
 
 def make(name: str, options: Mapping[str, Any] | None = None) -> Executor:
@@ -130,10 +134,27 @@ def is_told(name: str) -> bool:
     return name not in _PLACES
 
 
-def taken_of(factory: plugins.Factory, offered: Mapping[str, Any]) -> dict[str, Any]:
-    """What of this the factory takes by name."""
+def python_only_of(factory: plugins.Factory) -> frozenset[str]:
+    """The names of those of its arguments that only a program can give."""
+    return PYTHON_ONLY | frozenset(getattr(factory, "python_only", ()))
+
+
+def taken_of(
+    factory: plugins.Factory, offered: Mapping[str, Any], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What of this the factory takes by name.
+
+    Args:
+        factory: a class, or a function that makes an executor.
+        offered: arguments that it has if it can use them.
+        options: what it is given besides: a class may have no use for something beside that.
+    """
     parameters, _ = parameters_of(factory)
-    return {option: value for option, value in offered.items() if option in parameters}
+    declines = getattr(factory, "declines", None)
+    declined = declines(options) if callable(declines) else ()
+    return {
+        option: value for option, value in offered.items() if option in parameters and option not in declined
+    }
 
 
 def missing_of(factory: plugins.Factory, options: Collection[str]) -> list[str]:
@@ -158,6 +179,11 @@ def check_options(name: str, options: Mapping[str, Any], refused: Collection[str
     others: Mapping[str, str] = getattr(factory, "other_words", {})
     for option in options:
         if option not in known and (option in refused or not takes_any):
+            if option in parameters:
+                raise ValueError(
+                    f"option {option!r} of executor {name!r} cannot be given with its name, as no text can "
+                    "say it: make the executor, and give that"
+                )
             hint = f"it is {others[option]!r}" if option in others else did_you_mean(option, known)
             raise ValueError(f"unknown option {option!r} of executor {name!r}: {hint}")
 

@@ -219,7 +219,7 @@ class Executors:
             if self._seen_as is not None:
                 offered["path_map"] = {str(self._directory): self._seen_as}
         if name == self.default and self._class is not None and not is_known(self._class, name):
-            return self._class(**taken_of(self._class, offered))
+            return self._class(**taken_of(self._class, offered, {}))
         given = self._options if name == self.default else {}
         return _make(name, _arguments(name, self._config, given, offered), self._config, given)
 
@@ -328,7 +328,8 @@ def _arguments(
         given: arguments that count over it.
         offered: arguments that it has if it takes them, and nobody says anything else.
     """
-    return {**taken_of(factory_of(name), offered), **config.options(name, given)}
+    said = config.options(name, given)
+    return {**taken_of(factory_of(name), offered, said), **said}
 
 
 def _make(name: str, arguments: Mapping[str, Any], config: Config, given: Mapping[str, Any]) -> Executor:

@@ -43,9 +43,11 @@ _PARSERS: Mapping[str, Callable[[Any], object]] = {
     "mem": parse_size,
     "memory": parse_size,
     "nodes": _POSITIVE,
+    "object_store_memory": parse_size,
     "parallel_calls_per_job": _POSITIVE,
     "pending_timeout": parse_time,
     "poll_interval": parse_time,
+    "retries": _FROM_0,
     "submission_timeout": parse_time,
     "target_cpus_per_job": _POSITIVE,
     "target_jobs": _POSITIVE,
@@ -130,9 +132,10 @@ def section_of(factory: Callable[..., Any], other_words: Mapping[str, str] | Non
     keys: dict[str, Takes] = {}
     python_only: list[str] = []
     others: Takes | None = None
+    refused = factories.python_only_of(factory)
 
     def add(name: str, annotation: Any) -> None:
-        expected = _expected(name, annotation)
+        expected = None if name in refused else _expected(name, annotation)
         if expected is None:
             python_only.append(name)
         else:
@@ -154,7 +157,7 @@ def section_of(factory: Callable[..., Any], other_words: Mapping[str, str] | Non
 def _expected(name: str, annotation: Any) -> Takes | None:
     """What an argument takes; None if that cannot be written."""
     expected = takes(Any if annotation is inspect.Parameter.empty else annotation)
-    if expected is None or name in factories.PYTHON_ONLY:
+    if expected is None:
         return None
     parse = _PARSERS.get(name)
     if expected.parse is None and parse is not None and _is_for(parse, expected):

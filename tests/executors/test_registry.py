@@ -137,7 +137,7 @@ async def test_an_executor_is_a_name_with_options_or_a_class(run: Any, choice: A
     ("choice", "message"),
     [
         ("proces", "unknown executor 'proces': did you mean 'process'?"),
-        ("zzz", "unknown executor 'zzz': known are 'fork', 'lsf', 'process', 'serial', 'slurm', 'spawn'"),
+        ("zzz", "unknown executor 'zzz': known are 'dask', 'fork', 'lsf', 'process', 'ray', 'serial'"),
         (
             ("thread", {"max_worker": 2}),
             "unknown option 'max_worker' of executor 'thread': did you mean 'max",

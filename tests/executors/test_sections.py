@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, TypedDict, Unpack
 
 import pytest
 
-from fractal_runner.config.keys import Takes, accepts
+from fractal_runner.config.keys import Keyed, Section, Takes, accepts
 from fractal_runner.config.values import Findings
 from fractal_runner.config.yaml12 import read_text
 from fractal_runner.executors import factories
@@ -17,10 +17,14 @@ from fractal_runner.quantities import parse_size, parse_time
 from tests.executors.batch import standin
 
 
+TEXT = Takes(scalars=frozenset({str}))
+
+
 class PoolOptions(TypedDict, total=False):
     workers: Literal["local", "slurm"]
     max_workers: int
     idle: NotRequired[Annotated[float | str, parse_time]]
+    slurm: Annotated[Mapping[str, Any], Keyed(lambda: Section({"partition": TEXT}))]
 
 
 class MoreOptions(TypedDict, total=False):
@@ -68,23 +72,32 @@ def fits(expected: Takes, text: str) -> bool:
     return accepts(table.entries["key"], expected)
 
 
+def keys_of(section: Section, name: str) -> Iterator[tuple[str, Takes]]:
+    """All keys of a section, those of the sections in it among them, dotted."""
+    for key, expected in section.keys.items():
+        yield f"{name}.{key}", expected
+        if expected.section is not None:
+            yield from keys_of(expected.section(), f"{name}.{key}")
+
+
 @pytest.mark.parametrize("name", factories.names())
 def test_the_keys_of_a_section_are_the_constructors_arguments(name: str) -> None:
     section = ExecutorSections().section(name)
 
-    constructor = set(factories.parameters_of(factories.class_of(name))[0])
-    assert section.keys.keys() == constructor - factories.PYTHON_ONLY
-    assert set(section.python_only) == constructor & factories.PYTHON_ONLY
+    chosen = factories.class_of(name)
+    constructor = set(factories.parameters_of(chosen)[0])
+    assert section.keys.keys() == constructor - factories.python_only_of(chosen)
+    assert set(section.python_only) == constructor & factories.python_only_of(chosen)
     assert section.others is None
 
 
 @pytest.mark.parametrize("name", factories.names())
 def test_each_number_that_may_be_text_is_a_size_or_a_time(name: str) -> None:
-    for key, expected in ExecutorSections().section(name).keys.items():
+    for key, expected in keys_of(ExecutorSections().section(name), name):
         if str in expected.scalars and float in expected.scalars:
-            assert expected.parse in (parse_size, parse_time), f"{name}.{key}"
+            assert expected.parse in (parse_size, parse_time), key
         elif expected.scalars == {int}:
-            assert expected.parse is not None, f"{name}.{key}"
+            assert expected.parse is not None, key
 
 
 @pytest.mark.parametrize(
@@ -93,6 +106,8 @@ def test_each_number_that_may_be_text_is_a_size_or_a_time(name: str) -> None:
         ("address", ["tcp://x", "null"], ["1", "[a]"]),
         ("pool", ["{workers: slurm, max_workers: 2}", "{}"], ["{workers: lsf}", "{work: 1}", "[a]"]),
         ("pool", ["{idle: 10m}", "{idle: 1.5}"], ["{idle: often}", "{idle: [1]}"]),
+        ("pool", ["{slurm: {partition: a}}", "{slurm: {}}"], ["{slurm: a}", "{slurm: {partition: 1}}"]),
+        ("pool", [], ["{slurm: {partitions: a}}"]),
         ("memory", ["4G", "4000"], ["4X", "1.5", "true"]),
         ("hosts", ["[a, b]", "[]"], ["a", "[1]", "{a: b}", "null"]),
         ("ports", ["1", "[1, 2]"], ["a", "[a]", "1.5"]),

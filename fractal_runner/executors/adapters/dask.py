@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from fractal_runner.executors.adapters.daskpool.options import PoolOptions
 from fractal_runner.executors.adapters.daskpool.pool import make_cluster_executor, require_dask
 from fractal_runner.executors.adapters.daskpool.terms import CLUSTERS, LOCAL, PoolTerms, Shape
+from fractal_runner.executors.adapters.extras import DASK
 from fractal_runner.executors.base import Executor, View, at_least_one, info_of
 from fractal_runner.executors.calls import Call, CallOptions, TaskInfo
+from fractal_runner.executors.factories import class_of
 from fractal_runner.executors.leaving import close_when_gone, wait_at_exit
 from fractal_runner.quantities import parse_count
 
@@ -17,6 +21,7 @@ if TYPE_CHECKING:
     from distributed.security import Security
 
 _EXTRA = frozenset({"retries"})
+_OTHERS = ("join", "address", "scheduler_file", "cluster")  # arguments that name what is no pool of its own
 
 
 class Engine(Protocol):
@@ -52,17 +57,20 @@ class DaskExecutor(Executor):
     Args:
         max_workers: how many calls run at a time: by default as many as the pool may have workers, or as the
             cluster has threads.
-        pool: of its own: `workers` ("local", "slurm", "lsf"), `min_workers`, `max_workers`, `idle_timeout`,
-            `launch_batch_size`, `launch_interval`, `start_timeout`; what each worker has (`cpus`, `memory`,
-            `gpus`); `host` or `interface`, where it listens; and below the cluster's name the arguments of
-            its executor. See `PoolTerms`.
+        pool: of its own, which counts where none of the next four names another one: `workers` ("local",
+            "slurm", "lsf"), `min_workers`, `max_workers`, `idle_timeout`, `launch_batch_size`,
+            `launch_interval`, `start_timeout`; what each worker has (`cpus`, `memory`, `gpus`); `host` or
+            `interface`, where it listens; and below the cluster's name the arguments of its executor. See
+            `PoolTerms`.
         join: the name of a pool that was started before.
         address: of somebody else's scheduler.
         scheduler_file: where that has written down its address.
         cluster: a cluster object of Dask's.
         security: `distributed.security.Security` for such a scheduler; a cluster object has its own.
-        folder: for what a pool of its own writes; on a file system that the nodes share, if it is a
+        folder: for what its own pool writes; on a file system that the nodes share, if it is a
             cluster's. By default a temporary one, which will do for local workers.
+        path_map: from paths, as seen here, to the same as the nodes see them: of `folder`, if it is a
+            cluster's.
         retries: how often a call may run again whose worker, or process, has died with it. A call may say so
             itself: `options(extra={"retries": 2})`.
         context: a mapping that calls read with `current_context()`: a copy, as of the first call that sees
@@ -70,25 +78,28 @@ class DaskExecutor(Executor):
         name: what it is called in logs.
 
     Raises:
-        ExecutorError: if Dask is not installed, or there is no pool of that name.
+        ImportError: if Dask is not installed.
+        ExecutorError: if there is no pool of that name, or no scheduler where there should be one.
         TypeError, ValueError: if an argument is not what it should be, or does not go with another one.
     """
 
     isolates = True
     kills = True
     is_remote = True
+    python_only: ClassVar[Collection[str]] = ("cluster", "security")
 
     def __init__(
         self,
         max_workers: int | None = None,
         *,
-        pool: Mapping[str, Any] | None = None,
+        pool: PoolOptions | Mapping[str, Any] | None = None,
         join: str | None = None,
         address: str | None = None,
         scheduler_file: str | os.PathLike[str] | None = None,
         cluster: Any = None,
         security: Security | None = None,
         folder: str | os.PathLike[str] | None = None,
+        path_map: Mapping[str, str] | None = None,
         retries: int = 0,
         context: Mapping[str, Any] | None = None,
         name: str | None = None,
@@ -96,17 +107,16 @@ class DaskExecutor(Executor):
         if max_workers is not None:
             at_least_one(max_workers)
         self._retries = _retries(retries)
-        source = _only_one(
-            pool=pool, join=join, address=address, scheduler_file=scheduler_file, cluster=cluster
-        )
-        if source in (None, "pool", "join") and security is not None:
+        source = _only_one(join=join, address=address, scheduler_file=scheduler_file, cluster=cluster)
+        if source in (None, "join") and security is not None:
             raise ValueError("security is for somebody else's scheduler: a pool of ours makes its own")
-        if folder is not None and source not in (None, "pool"):
-            raise ValueError(f"folder is for a pool of the executor's own, and {source} names another one")
         require_dask()
         self._engine: Engine
-        if source in (None, "pool"):
-            self._engine = self._own_pool(pool, max_workers, folder, name, context)
+        if source is None:
+            terms = PoolTerms.of(pool, max_workers=max_workers)
+            if terms.workers in CLUSTERS and path_map is not None:
+                terms = replace(terms, cluster={"path_map": path_map, **terms.cluster})
+            self._engine = self._own_pool(terms, max_workers, folder, name, context)
         elif source == "join":
             assert join is not None
             self._engine = self._joined(join, max_workers, name, context)
@@ -116,9 +126,21 @@ class DaskExecutor(Executor):
         wait_at_exit(self._engine)
         close_when_gone(self, self._engine)
 
+    @classmethod
+    def unusable(cls, options: Mapping[str, Any]) -> str | None:
+        if (lacking := DASK.lacking()) is not None:
+            return lacking
+        kind = _cluster_of(options)
+        return None if kind is None else class_of(kind).unusable(options["pool"].get(kind) or {})
+
+    @classmethod
+    def declines(cls, options: Mapping[str, Any]) -> Collection[str]:
+        """Local workers need no place that others see; and of another pool, all is said already."""
+        return ("folder", "path_map") if _cluster_of(options) is None else ()
+
     def _own_pool(
         self,
-        pool: Mapping[str, Any] | None,
+        terms: PoolTerms,
         max_workers: int | None,
         folder: str | os.PathLike[str] | None,
         name: str | None,
@@ -126,7 +148,6 @@ class DaskExecutor(Executor):
     ) -> Engine:
         from fractal_runner.executors.adapters.daskpool.engine import PoolEngine
 
-        terms = PoolTerms.of(pool, max_workers=max_workers)
         super().__init__(max_workers=max_workers or terms.max_workers, name=name, context=context)
         self.is_remote = terms.workers != LOCAL
         if terms.workers in CLUSTERS:
@@ -208,6 +229,15 @@ class DaskExecutor(Executor):
 
     def _infos(self, calls: Sequence[Call]) -> list[TaskInfo]:
         return [info_of(call, state="running", **self._engine.place_of(call)) for call in calls]
+
+
+def _cluster_of(options: Mapping[str, Any]) -> str | None:
+    """The name of the cluster whose jobs the workers of an executor with these arguments are, if they are."""
+    if any(options.get(name) is not None for name in _OTHERS):
+        return None
+    pool = options.get("pool")
+    kind = pool.get("workers") if isinstance(pool, Mapping) else None
+    return kind if kind in CLUSTERS else None
 
 
 def _only_one(**given: Any) -> str | None:

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from fractal_runner.errors import did_you_mean
+from fractal_runner.executors.adapters.extras import RAY
 from fractal_runner.executors.adapters.rayengine.calls import Manager
 from fractal_runner.executors.adapters.rayengine.instance import Node, Settings, acquire, load_ray, release
 from fractal_runner.executors.adapters.rayengine.visits import Item, Needs
@@ -63,6 +64,10 @@ class RayExecutor(Executor):
     kills = True
     is_remote = True
 
+    @classmethod
+    def unusable(cls, options: Mapping[str, Any]) -> str | None:
+        return RAY.lacking()
+
     def __init__(
         self,
         max_workers: int | None = None,
@@ -109,7 +114,7 @@ class RayExecutor(Executor):
 
     def _start(self, call: Call) -> None:
         options = call.options
-        message = bytes(dump_call(call))
+        message = bytes(dump_call(call, child.about_call(call)))
         number, reference = self._context_of(call)
         item = Item(
             *(call, call.id, call.name, options.timeout, message, self._levels_in_force()),

@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -51,7 +51,7 @@ def _detached(duplicate: Any) -> InheritedFd:
 
 
 _NO_OPTIONS = CallOptions()
-_NOTHING_ABOUT = (None, None, 1)  # key, place in a map, attempt
+_NOTHING_ABOUT = (None, None)  # key, place in a map
 
 Raised = tuple[bytes | None, str, str, str, str]  # pickled or not, module, name, message, traceback
 
@@ -85,11 +85,13 @@ class Settings:
         name: their name.
         context: the number of the context they see, and its pickle if it is new to the worker.
         levels: loggers and their levels, "" being the root; None if they are as before.
+        attempt: which start of the call it is: what is sent of a call itself is the same each time.
     """
 
     name: str
     context: tuple[int, bytes | None]
     levels: Mapping[str, int] | None
+    attempt: int = 1
 
 
 def serve(connection: Connection, setup: Setup) -> None:
@@ -123,15 +125,12 @@ def serve(connection: Connection, setup: Setup) -> None:
             continue
         finally:
             del message
-        key, map_index, attempt = told or _NOTHING_ABOUT
-        options = _NO_OPTIONS if map_index is None else CallOptions(map_index=map_index)
         call = Call(
             *(fn, args, kwargs),
-            options=options,
+            options=options_told(told),
             context=contexts[settings.context[0]],
             name=settings.name,
-            key=key,
-            attempt=attempt,
+            attempt=settings.attempt,
         )
         do_call(reporter, call)
         del fn, args, kwargs, call
@@ -150,8 +149,16 @@ def run_once(connection: Connection, setup: Setup, call: Call) -> None:
 
 def about_call(call: Call) -> tuple[Any, ...]:
     """What a worker process is told of a call beside function and arguments: nothing, of most."""
-    said = call.key, call.options.map_index, call.attempt
+    said = call.key, call.options.map_index
     return () if said == _NOTHING_ABOUT else said
+
+
+def options_told(about: Sequence[Any], **others: Any) -> CallOptions:
+    """What a call that runs is to know of its options: what `about_call` has said, and others."""
+    if not about and not others:
+        return _NO_OPTIONS
+    key, map_index = about or _NOTHING_ABOUT
+    return CallOptions(key=key, map_index=map_index, **others)
 
 
 def levels_in_force() -> dict[str, int]:

@@ -222,7 +222,7 @@ class KeptProcessWorker(_ProcessWorker):
         super().__init__(surroundings)
         self._cpus = 0  # for how many its environment is made
         self._contexts: dict[Hashable, int] = {}  # by filter: the context's number in the process
-        self._known: tuple[str, int] | None = None  # name and context that were sent last
+        self._known: tuple[str, int, int] | None = None  # name, context and attempt that were sent last
         self._levels: dict[str, int] | None = None
         self._levels_at = 0.0
         self._root_level = 0
@@ -288,11 +288,11 @@ class KeptProcessWorker(_ProcessWorker):
         if chosen not in self._contexts:
             pickled = self._dump_context(call)
             self._contexts[chosen] = len(self._contexts)
-        known = call.name, self._contexts[chosen]
+        known = call.name, self._contexts[chosen], call.attempt
         if self._known == known and levels is None:
             return None
         self._known = known
-        return child.Settings(call.name, (known[1], pickled), levels)
+        return child.Settings(call.name, (known[1], pickled), levels, call.attempt)
 
     def _changed_levels(self) -> dict[str, int] | None:
         """The levels of loggers, if they have changed. Those other than root's are looked at now and then."""

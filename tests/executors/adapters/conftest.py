@@ -33,7 +33,7 @@ def ray_has_settled() -> None:
 
 @pytest.fixture(scope="class")
 def ray_instance(ray_has_settled: None) -> Iterator[RayExecutor]:
-    """Keeps an instance of two CPUs alive, which the executors of this process share; starting takes seconds."""
+    """Keeps an instance of two CPUs alive, which the executors of this process share: it starts slowly."""
     from fractal_runner.executors.adapters.ray import RayExecutor
 
     with RayExecutor(2, object_store_memory=STORE) as executor:

@@ -314,11 +314,10 @@ def test_who_has_another_key_is_not_let_in(tmp_path: Path) -> None:
         ({"pool": {"idle_timeout": "soon"}}, ValueError, "idle_timeout: 'soon' is not a time"),
         ({"pool": {"max_workers": 0}}, ValueError, "max_workers: 0 is not a whole number"),
         ({"pool": {"host": "a", "interface": "b"}}, ValueError, "both say where to listen"),
-        ({"pool": {"slurm": {}}}, ValueError, "slurm has options, and workers is 'local'"),
+        ({"pool": {"slurm": {}}}, ValueError, "slurm has options, and nothing says that workers is 'slurm'"),
         ({"pool": {"workers": "slurm"}}, ValueError, "have to reach this host: name its address"),
         ({"pool": {"workers": "lsf", "host": "a"}}, ValueError, "folder is missing"),
-        ({"pool": {}, "join": "x"}, ValueError, "pool and join each say whose workers to use"),
-        ({"join": "x", "folder": "y"}, ValueError, "folder is for a pool of the executor's own"),
+        ({"address": "a", "join": "x"}, ValueError, "join and address each say whose workers to use"),
         ({"retries": -1}, ValueError, "retries: -1 is not a whole number"),
     ],
 )

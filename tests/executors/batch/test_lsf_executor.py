@@ -184,7 +184,7 @@ def test_the_nearest_argument_is_named(typo: str, meant: str) -> None:
         factories.check("lsf", {typo: 1})
 
 
-@pytest.mark.parametrize("name", ["context", "options", "scheduler", "run"])
+@pytest.mark.parametrize("name", ["options", "scheduler", "run"])
 def test_what_a_configuration_cannot_give_is_unknown_to_it(name: str) -> None:
     with pytest.raises(ValueError, match=f"unknown option {name!r} of executor 'lsf'"):
         factories.check("lsf", {name: 1})

@@ -230,7 +230,8 @@ class Crew:
             loan.contexts.add(item.context)
             messages.append(("context", item.context, self._contexts(item.context)))
         options = item.call.options
-        order = (item.id, item.name, item.data, item.context, options.cpus, options.timeout)
+        asked = options.cpus, options.timeout
+        order = (item.id, item.name, item.call.key, item.attempt, item.data, item.context, *asked)
         loan.stream.send(*messages, ("call", *order))
 
     def _current_levels(self) -> dict[str, int]:

@@ -24,6 +24,7 @@ from fractal_runner.executors.adapters.daskpool.pool import Pool
 from fractal_runner.executors.adapters.daskpool.terms import LARGEST_MESSAGE, PoolTerms, Shape
 from fractal_runner.executors.adapters.daskpool.warm import PoolRecord
 from fractal_runner.executors.calls import Call
+from fractal_runner.executors.local import child
 from fractal_runner.executors.local.reports import dump_call
 from fractal_runner.quantities import format_size
 
@@ -66,7 +67,7 @@ class PoolEngine:
 
     def put(self, call: Call, retries: int) -> None:
         crew = self._crew or self._begin()
-        data = bytes(dump_call(call))
+        data = bytes(dump_call(call, child.about_call(call)))
         if len(data) > LARGEST_MESSAGE:
             raise ExecutorError(
                 f"The call {call.name!r} cannot be sent to a worker: its arguments are "

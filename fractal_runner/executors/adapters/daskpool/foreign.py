@@ -107,7 +107,8 @@ class ForeignEngine:
     # From any thread
 
     def put(self, call: Call, retries: int) -> None:
-        item = Item(call, bytes(dump_call(call)), self._contexts.number_of(call), retries)
+        data = bytes(dump_call(call, child.about_call(call)))
+        item = Item(call, data, self._contexts.number_of(call), retries)
         forget_given(call)
         self._items[item.id] = item
         self._incoming.append(item)

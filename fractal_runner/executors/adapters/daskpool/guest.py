@@ -18,7 +18,7 @@ from typing import Any
 
 from distributed import get_worker
 
-from fractal_runner.executors.calls import Call, CallOptions
+from fractal_runner.executors.calls import Call
 from fractal_runner.executors.local import child
 from fractal_runner.executors.local.pickling import dump
 from fractal_runner.worker.processes import Identity, host_name, identify, is_same_process
@@ -51,12 +51,12 @@ def run_order(order: Order, data: bytes, context: bytes) -> bytes:
     worker.log_event(order.topic, (STARTED, order.id, host_name(), os.getpid()))
     report = _Report()
     try:
-        fn, args, kwargs = pickle.loads(memoryview(data)[1:])
+        fn, args, kwargs, *told = pickle.loads(memoryview(data)[1:])
         seen = _unpickled(context)
     except BaseException as error:  # unpickling runs anybody's code
         report.failed("could not be unpickled in its worker", error)
         return report.message
-    call = Call(fn, args, kwargs, options=CallOptions(name=order.name), context=seen)
+    call = Call(fn, args, kwargs, options=child.options_told(told, name=order.name), context=seen)
     del fn, args, kwargs
     at_home = is_same_process(order.home) and os.getpid() == order.home.pid
     thread = threading.current_thread()

@@ -21,6 +21,7 @@ class Item:
         data: its function and arguments, pickled.
         context: the number of what it sees of the context.
         retries: how often it may run again after something has happened to it.
+        attempt: which start of it this is, from 1.
         not_started: how many workers were lost that it was sent to, before they had started it.
         avoids: workers on which something has happened to it.
         begun: whether it has ever started.
@@ -30,7 +31,7 @@ class Item:
     """
 
     __slots__ = (
-        *("avoids", "begun", "call", "context", "data", "host", "id", "name", "not_started"),
+        *("attempt", "avoids", "begun", "call", "context", "data", "host", "id", "name", "not_started"),
         *("pid", "retries", "started", "stopped", "worker"),
     )
 
@@ -41,6 +42,7 @@ class Item:
         self.data = data
         self.context = context
         self.retries = retries
+        self.attempt = 1
         self.not_started = 0
         self.avoids: frozenset[str] = frozenset()
         self.begun = self.started = self.stopped = False
@@ -66,6 +68,7 @@ class Item:
         if self.stopped or self.is_over or self.retries < 1:
             return False
         self.retries -= 1
+        self.attempt += 1
         self.avoids |= {worker}
         return True
 

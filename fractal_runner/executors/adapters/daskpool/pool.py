@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fractal_runner.errors import ExecutorError
-from fractal_runner.executors.adapters.daskpool.terms import (
-    LOCAL,
-    PoolTerms,
-    WorkerEnd,
-    WorkerTerms,
-)
+from fractal_runner.executors.adapters.daskpool.options import NOT_OF_JOBS, SAID_OF_JOBS
+from fractal_runner.executors.adapters.daskpool.terms import LOCAL, PoolTerms, WorkerEnd, WorkerTerms
 from fractal_runner.executors.adapters.daskpool.tls import TlsFiles
+from fractal_runner.executors.adapters.extras import DASK
 from fractal_runner.executors.batch.files import make_folder
+from fractal_runner.executors.factories import class_of
 
 if TYPE_CHECKING:
     from fractal_runner.executors.adapters.daskpool.desk import Desk, Hosts
@@ -25,11 +21,6 @@ if TYPE_CHECKING:
     from fractal_runner.executors.batch.base import BatchExecutor
 
 LOOPBACK = "127.0.0.1"
-_CLASSES = {
-    "slurm": "fractal_runner.executors.batch.slurm:SlurmExecutor",
-    "lsf": "fractal_runner.executors.batch.lsf:LsfExecutor",
-}
-_INSTALL = "pip install 'fractal-runner[dask]'"
 
 
 class Pool:
@@ -146,13 +137,9 @@ def make_cluster_executor(terms: PoolTerms, folder: str | os.PathLike[str]) -> B
     Raises:
         TypeError, ValueError: if one of its options is not what it should be, or is the pool's to say.
     """
-    module, _, name = _CLASSES[terms.workers].partition(":")
-    chosen: Any = getattr(importlib.import_module(module), name)
-    if said := sorted(_OURS & terms.cluster.keys()):
-        raise ValueError(
-            f"pool: {terms.workers}: {said[0]} is not to be said of a pool's jobs: each has one worker, and "
-            "what it has, the pool's cpus, memory and gpus say"
-        )
+    chosen: Any = class_of(terms.workers)
+    if said := sorted(SAID_OF_JOBS & terms.cluster.keys()):
+        raise ValueError(f"pool: {terms.workers}: {said[0]} {NOT_OF_JOBS}")
     # A worker that starts once more would find others with its calls.
     once = {"slurm": {"requeue": False}}.get(terms.workers, {})
     options = {"folder": Path(folder) / "jobs", "poll_interval": 5.0, **once, **terms.cluster}
@@ -166,7 +153,7 @@ def require_dask() -> None:
     """Whether Dask is installed; its own log tells of warnings only, unless somebody has said otherwise.
 
     Raises:
-        ExecutorError: if not, with what installs it.
+        ImportError: if not, with what installs it.
     """
     try:
         import cryptography  # noqa: F401  what certificates are made with
@@ -176,24 +163,7 @@ def require_dask() -> None:
         with dask.config.set({} if said else {"logging": _QUIET}):  # as Dask is loaded, not later
             import distributed  # noqa: F401
     except ImportError as error:
-        raise ExecutorError(
-            f"DaskExecutor needs Dask, and here {error.name or error} is not installed: {_INSTALL}"
-        ) from error
+        raise DASK.error(error) from error
 
 
 _QUIET = {"distributed": "warning", "distributed.scheduler": "error"}  # it warns of workers that it ends
-_OURS = frozenset(
-    {
-        *(
-            "requeue",
-            "rerunnable",
-            "calls_per_job",
-            "parallel_calls_per_job",
-            "max_workers",
-            "target_jobs",
-            "max_jobs",
-        ),
-        *("cpus", "cpus_per_task", "cores", "mem", "memory", "gpus", "context"),
-        *("target_cpus_per_job", "max_cpus_per_job", "target_memory_per_job", "max_memory_per_job"),
-    }
-)

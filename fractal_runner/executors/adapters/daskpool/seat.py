@@ -59,7 +59,8 @@ class Order:
 
     Attributes:
         id: its number, in whose process it was submitted.
-        name: its name.
+        name, key: its own.
+        attempt: which start of it this is, from 1.
         data: its function and arguments, as the message that a worker process takes.
         context: the number of the context that it sees.
         cpus: how many CPUs it keeps busy.
@@ -68,6 +69,8 @@ class Order:
 
     id: int
     name: str
+    key: str | None
+    attempt: int
     data: bytes
     context: int
     cpus: int
@@ -237,7 +240,7 @@ class _SeatCall(Call):
 
     def __init__(self, order: Order) -> None:
         options = CallOptions(name=order.name, cpus=order.cpus, timeout=order.timeout)
-        super().__init__(len, (), {}, options=options)
+        super().__init__(len, (), {}, options=options, key=order.key, attempt=order.attempt)
         self.order = order
 
 

@@ -95,19 +95,19 @@ class PoolTerms:
             TypeError: for a name that there is not, naming the nearest one.
             ValueError: for a value that does not fit its name, or does not fit another one.
         """
-        said = dict(given or {})
-        if unknown := [name for name in said if name not in _PARSERS]:
-            raise TypeError(f"pool: there is no option {unknown[0]!r}: {did_you_mean(unknown[0], _PARSERS)}")
-        if said.get("max_workers") is None:
-            said["max_workers"] = usable_cpus() if max_workers is None else max_workers
-        parsed = {name: _parsed(name, value) for name, value in said.items() if value is not None}
+        said = {name: value for name, value in (given or {}).items() if value is not None}
+        if unknown := [name for name in said if name not in PARSERS]:
+            raise TypeError(f"pool: there is no option {unknown[0]!r}: {did_you_mean(unknown[0], PARSERS)}")
+        said.setdefault("max_workers", usable_cpus() if max_workers is None else max_workers)
+        parsed = {name: _parsed(name, value) for name, value in said.items()}
+        options = {name: parsed.pop(name) for name in CLUSTERS if name in parsed}
+        if options and "workers" not in parsed:
+            name = next(iter(options))
+            raise ValueError(f"pool: {name} has options, and nothing says that workers is {name!r}")
         kind = parsed.setdefault("workers", LOCAL)
-        for name in CLUSTERS:
-            options = parsed.pop(name, None)
-            if options is not None and name != kind:
-                raise ValueError(f"pool: {name} has options, and workers is {kind!r}")
-            if options is not None:
-                parsed["cluster"] = MappingProxyType(dict(options))
+        # A configuration may say something of several: what is said of the others waits for its day.
+        if kind in options:
+            parsed["cluster"] = MappingProxyType(dict(options[kind]))
         shape = {name: parsed.pop(name, None) for name in ("cpus", "memory", "gpus")}
         if kind in CLUSTERS:
             shape["cpus"] = shape["cpus"] or 1  # a job always has a number of them, and of GPUs
@@ -215,12 +215,12 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 def _parsed(name: str, value: Any) -> Any:
     try:
-        return _PARSERS[name](value)
+        return PARSERS[name](value)
     except ValueError as error:
         raise ValueError(f"pool: {name}: {error}") from None
 
 
-_PARSERS: dict[str, Any] = {
+PARSERS: dict[str, Any] = {
     "workers": _kind,
     "min_workers": lambda value: parse_count(value, least=0),
     "max_workers": parse_count,

@@ -245,7 +245,14 @@ class Manager:
         if item is not None:
             visit.item, visit.state = item, State.HERE
             self._running[item.number] = visit
-            channel.give(item.number, item.name, item.timeout, item.levels, item.message)
+            channel.give(
+                item.number,
+                name=item.name,
+                key=item.call.key,
+                timeout=item.timeout,
+                levels=item.levels,
+                message=item.message,
+            )
             item.message = b""
         elif self._closing or queue.items or now >= visit.until:
             visit.leave()

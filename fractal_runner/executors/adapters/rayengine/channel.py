@@ -55,11 +55,20 @@ class Channel:
                 return False  # a stranger: nothing that it says is unpickled
         return True
 
-    def give(self, number: int, name: str, timeout: float | None, levels: bytes, message: bytes) -> None:
+    def give(
+        self,
+        number: int,
+        *,
+        name: str,
+        key: str | None,
+        timeout: float | None,
+        levels: bytes,
+        message: bytes,
+    ) -> None:
         """Give the worker a call."""
         changed = None if levels == self._levels else levels
         self._levels = levels
-        order = pickle.dumps((name, timeout, changed))
+        order = pickle.dumps((name, key, timeout, changed))
         head = HEAD.pack(worker.CALL, number) + CALL_HEAD.pack(len(order))
         self._send(b"".join((head, order, message)))
 

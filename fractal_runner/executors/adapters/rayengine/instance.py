@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from fractal_runner.errors import ExecutorError
+from fractal_runner.executors.adapters.extras import RAY
 from fractal_runner.executors.adapters.rayengine.guardian import clean, start
 from fractal_runner.quantities import format_size
 
@@ -93,11 +94,7 @@ def load_ray() -> Any:
     try:
         import ray
     except ImportError as error:
-        raise ImportError(
-            "RayExecutor needs Ray, which comes with an extra of its own: "
-            f"pip install 'fractal-runner[ray]' ({error})",
-            name="ray",
-        ) from error
+        raise RAY.error(error) from error
     return ray
 
 

@@ -91,11 +91,12 @@ class Order:
     """What is told of a call, beside the pickle of the call itself.
 
     Attributes:
-        name, timeout: see `CallOptions`.
+        name, key, timeout: see `CallOptions`.
         levels: the loggers' levels, pickled; None if they are as before.
     """
 
     name: str
+    key: str | None
     timeout: float | None
     levels: bytes | None
 
@@ -216,7 +217,7 @@ class _Worker(KeptProcessWorker):
             if order.levels is not None:
                 self._wanted_levels = order.levels
             options = CallOptions(name=order.name, cpus=visit.cpus, timeout=order.timeout)
-            call = Call(len, (), {}, options=options)
+            call = Call(len, (), {}, options=options, key=order.key)
             call.begin()
             future = call.future
             self.run(call)
