@@ -6,8 +6,10 @@ import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from fractal_runner.cli.wording import row
 from fractal_runner.config import Config
 from fractal_runner.errors import InputFileError
 from fractal_runner.executors import factories, registry
@@ -15,6 +17,9 @@ from fractal_runner.workflow import plan
 from fractal_runner.workflow.images import ImageList
 from fractal_runner.workflow.models import Dataset, Image, Workflow, WorkflowTask
 from fractal_runner.workflow.units import Stage, stages_of, title
+
+if TYPE_CHECKING:
+    from fractal_runner.cli.dry_run import DryRun
 
 _T = TypeVar("_T")
 
@@ -54,12 +59,24 @@ def check_run(
     attribute_filters: Mapping[str, Sequence[Any]],
     config: Callable[[], Config],
     has_history: bool = False,
+    dry_run: DryRun | None = None,
 ) -> Findings:
-    """Ask all that `process_workflow` would, of files that may be wrong themselves."""
+    """Ask all that `process_workflow` would, of files that may be wrong themselves.
+
+    Args:
+        workflow, dataset, config: read them.
+        first, last, type_filters, attribute_filters: as `process_workflow` has them.
+        has_history: whether there is a record of earlier runs.
+        dry_run: tells what executors would make of the tasks' units; None if that is not asked for.
+    """
     findings = Findings()
     flow = findings.attempt(workflow)
     data = findings.attempt(dataset)
-    executors = _executors(config, findings)
+    before = len(findings.mistakes)
+    executors = _executors(config, findings, None if dry_run is None else dry_run.directory)
+    config_is_right = len(findings.mistakes) == before
+    if dry_run is not None:
+        dry_run.begin(executors, findings)
     check_filters = partial(plan.check_filters, has_history=has_history)
     filters = findings.attempt(check_filters, type_filters, attribute_filters)
     if flow is None:
@@ -82,19 +99,26 @@ def check_run(
         _check_stages(stages or [], findings)
         images_known = _known(selected, previous)
         findings.lines += _describe(task, stages or [], in_force or types, attributes, images_known)
+        if dry_run is not None and config_is_right:
+            count = None if selected is None else len(selected)
+            for stage in stages or []:
+                findings.lines += dry_run.told(stage, count, images_known)
+        findings.lines.append("")
         types = plan.filters_after(task, in_force if in_force is not None else types)
         previous = task
     return findings
 
 
-def _executors(config: Callable[[], Config], findings: Findings) -> registry.Executors:
+def _executors(
+    config: Callable[[], Config], findings: Findings, directory: Path | None
+) -> registry.Executors:
     """The executors that a run would have; as if nothing were said, if what is said is wrong."""
     found = None
     try:
         found = config()
     except InputFileError as error:
         findings.mistakes += error.problems  # which name their files
-    executors = findings.attempt(partial(registry.Executors, None, config=found))
+    executors = findings.attempt(partial(registry.Executors, None, config=found, directory=directory))
     return executors if executors is not None else registry.Executors(registry.DEFAULT, config=found)
 
 
@@ -117,24 +141,19 @@ def _describe(
     images_known: str,
 ) -> Iterator[str]:
     yield f"{task.order} {task.task.name}"
-    yield _row("type", task.task.type)
+    yield row("type", task.task.type)
     for stage in stages:
-        yield _row("command" if stage.parallel else "command (once)", _work(stage))
+        yield row("command" if stage.parallel else "command (once)", _work(stage))
     if task.task.is_converter:
-        yield _row("images", "none: a converter makes them")
+        yield row("images", "none: a converter makes them")
     else:
         wanted = [f"{name}={str(value).lower()}" for name, value in types.items()]
         wanted += [f"{name} in {list(values)}" for name, values in attributes.items()]
-        yield _row("filters", ", ".join(wanted) or "none")
-        yield _row("images", images_known)
-    yield _row("units", _units(task, images_known))
+        yield row("filters", ", ".join(wanted) or "none")
+        yield row("images", images_known)
+    yield row("units", _units(task, images_known))
     for stage in stages:
-        yield _row("resources" if stage.parallel else "resources (once)", str(stage.resources))
-    yield ""
-
-
-def _row(name: str, value: str) -> str:
-    return f"    {name:<17} {value}"
+        yield row("resources" if stage.parallel else "resources (once)", str(stage.resources))
 
 
 def _work(stage: Stage) -> str:

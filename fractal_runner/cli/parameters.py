@@ -100,4 +100,11 @@ MaxServers = Annotated[
     int | None,
     typer.Option("--max-servers", min=1, help="How many processes with imports there may be at a time (4)."),
 ]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Only say what would run and what would be handed over: scripts, jobs, and what they ask for.",
+    ),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens.")]

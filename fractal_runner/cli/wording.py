@@ -44,6 +44,11 @@ def times(count: int) -> str:
     return "once" if count == 1 else f"{count} times"
 
 
+def row(name: str, value: str) -> str:
+    """What is said of one thing about a task, below its title."""
+    return f"    {name:<17} {value}"
+
+
 def unit_title(position: int, task_name: str, stage: str, number: int) -> str:
     """A unit's name: "2 Segment, unit 17"; of a command that runs once, "2 Segment (once)"."""
     which = f", unit {number}" if stage == "par" else " (once)"

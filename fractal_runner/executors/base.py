@@ -26,6 +26,7 @@ from fractal_runner.errors import JobExecutionError
 from fractal_runner.executors.account import Calls
 from fractal_runner.executors.calls import Call, CallFuture, CallOptions, TaskInfo, name_of, running_call
 from fractal_runner.executors.mapping import mapped
+from fractal_runner.executors.preview import Previewer
 from fractal_runner.quantities import parse_count
 
 T = TypeVar("T")
@@ -49,7 +50,8 @@ class Executor(futures.Executor):
     - `_close(wait)` is called once the executor gets no more calls. What it holds is to be let go of when
       the last call has ended; if `wait`, it returns only then, when no call is under way any more.
     - `_infos(calls)` tells `tasks` about calls that run.
-    - `unusable(options)` tells beforehand why it cannot work here, for `fractal-runner executors`.
+    - `unusable(options)` tells beforehand why it cannot work here, for `fractal-runner executors`, and
+      `previewer(arguments)` what it would make of calls, for `fractal-runner run --dry-run`.
     - `declines(options)` names what a run need not offer it by itself: a `folder`, a `path_map`.
 
     Class attributes tell what the executor can do, for its users and for `fractal_runner.testing`:
@@ -113,6 +115,21 @@ class Executor(futures.Executor):
             options: what its constructor is given.
         """
         return ()
+
+    @classmethod
+    def previewer(cls, arguments: Mapping[str, Any]) -> Previewer | None:
+        """What tells what an executor of this class would make of some calls, without doing any of it.
+
+        Args:
+            arguments: what its constructor would be given.
+
+        Returns:
+            It; None if that is known only once there is such an executor.
+
+        Raises:
+            TypeError, ValueError: as the constructor.
+        """
+        return None
 
     @abstractmethod
     def _start(self, call: Call) -> None:

@@ -18,6 +18,7 @@ from typing import Any, Unpack, get_args, get_origin, get_type_hints
 from fractal_runner.config import RESERVED
 from fractal_runner.errors import did_you_mean
 from fractal_runner.executors import base, plugins
+from fractal_runner.executors.preview import Previewer
 
 _ADAPTERS = "fractal_runner.executors.adapters"
 _LOCAL = "fractal_runner.executors.local.executors"
@@ -127,6 +128,26 @@ def make(name: str, options: Mapping[str, Any] | None = None) -> Executor:
     if not isinstance(made, Executor):
         raise TypeError(f"the factory of the executor {name!r} has made {made!r}, which is no executor")
     return made
+
+
+def previewer(name: str, options: Mapping[str, Any]) -> Previewer | None:
+    """What tells what an executor makes of calls, without doing it; see `base.Executor.previewer`.
+
+    Args:
+        name: its registered name.
+        options: what its constructor takes.
+
+    Returns:
+        It; None if that is known only once there is such an executor.
+
+    Raises:
+        ValueError, TypeError, ImportError: as `make`.
+    """
+    check_options(name, options)
+    factory = factory_of(name)
+    if isinstance(factory, type) and issubclass(factory, base.Executor):
+        return factory.previewer(options)
+    return None
 
 
 def is_told(name: str) -> bool:

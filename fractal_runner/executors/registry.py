@@ -12,10 +12,10 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fractal_runner.config import RESERVED, Config, UnitLayer
-from fractal_runner.executors import base, sessions
+from fractal_runner.executors import base, factories, sessions
 from fractal_runner.executors.cpus import thread_variables
 from fractal_runner.executors.factories import (
     check,
@@ -33,7 +33,9 @@ from fractal_runner.executors.sessions import Session
 
 if TYPE_CHECKING:
     from fractal_runner.executors.calls import TaskInfo
+    from fractal_runner.executors.preview import Preview, Previewer
 
+T = TypeVar("T")
 ExecutorChoice = Executor | type[Executor] | str | tuple[str, Mapping[str, Any]] | None
 DEFAULT = "thread"
 
@@ -140,6 +142,7 @@ class Executors:
         self._given: Executor | None = None
         self._class: type[Executor] | None = None
         self._options: dict[str, Any] = {}
+        self._previewers: dict[str, Previewer | None] = {}
         if choice is None:
             choice = self._config.executor
         if isinstance(choice, str):
@@ -212,12 +215,59 @@ class Executors:
             name = self.default
         return (self._around if self._around is not None else self._session)[name]
 
-    def _make(self, name: str) -> Executor:
+    def preview(
+        self,
+        count: int,
+        name: str | None = None,
+        *,
+        cpus: int | None = None,
+        memory: int | None = None,
+        extra: Mapping[str, Any] | None = None,
+        **resources: Any,
+    ) -> Preview | None:
+        """What an executor that is made here makes of calls like those of `submitter`; nothing is done.
+
+        Args:
+            count: how many calls.
+            name, cpus, memory, extra, resources: see `submitter`.
+
+        Returns:
+            It; None if that is known only once there is such an executor.
+
+        Raises:
+            InputFileError, ValueError, TypeError, ImportError: if it could not be made, or would refuse them.
+        """
+        name = self.default if name is None else name
+        if name not in self._previewers:
+            given = self._options if name == self.default else {}
+            arguments = _arguments(name, self._config, given, self._offered(name))
+            self._previewers[name] = _made(factories.previewer, name, arguments, self._config, given)
+        previewer = self._previewers[name]
+        wanted = _asked(resources, cpus, memory) | ({"extra": dict(extra)} if extra else {})
+        return None if previewer is None else previewer(count, wanted)
+
+    def unusable(self, name: str) -> str | None:
+        """Why the executor of this name cannot be used here; None if nothing is known against it.
+
+        Raises:
+            ValueError: if the name is unknown.
+        """
+        ask = getattr(factory_of(name), "unusable", None)
+        given = self._options if name == self.default else {}
+        problem = ask(self._config.options(name, given)) if callable(ask) else None
+        return None if problem is None else str(problem)
+
+    def _offered(self, name: str) -> dict[str, Any]:
+        """What executors that are made here are given if they can use it, because of where the run is."""
         offered: dict[str, Any] = {}
         if self._directory is not None:
             offered["folder"] = self._directory / JOBS_DIR / name
             if self._seen_as is not None:
                 offered["path_map"] = {str(self._directory): self._seen_as}
+        return offered
+
+    def _make(self, name: str) -> Executor:
+        offered = self._offered(name)
         if name == self.default and self._class is not None and not is_known(self._class, name):
             return self._class(**taken_of(self._class, offered, {}))
         given = self._options if name == self.default else {}
@@ -280,8 +330,7 @@ class Executors:
             resources: other `CallOptions`; those that are None are left to the executor.
         """
         executor = self.get(name)
-        resources |= {"cpus": cpus, "memory": None if memory is None else f"{memory}B"}
-        asked = {option: value for option, value in resources.items() if value is not None}
+        asked = _asked(resources, cpus, memory)
         # In a process of its own the call finds these set; in a thread, only what it starts can have them.
         environment = thread_variables(cpus or 1) if self.shares_process(name) else {}
         if not isinstance(executor, base.Executor):
@@ -317,6 +366,12 @@ class Executors:
         self._session.close(wait=wait, cancel_futures=True)
 
 
+def _asked(resources: Mapping[str, Any], cpus: int | None, memory: int | None) -> dict[str, Any]:
+    """The options that say what a call needs, without those that say nothing."""
+    asked = {**resources, "cpus": cpus, "memory": None if memory is None else f"{memory}B"}
+    return {option: value for option, value in asked.items() if value is not None}
+
+
 def _arguments(
     name: str, config: Config, given: Mapping[str, Any], offered: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -333,10 +388,22 @@ def _arguments(
 
 
 def _make(name: str, arguments: Mapping[str, Any], config: Config, given: Mapping[str, Any]) -> Executor:
-    """An executor as a configuration has it.
+    """An executor as a configuration has it; see `_made`."""
+    return _made(make, name, arguments, config, given)
+
+
+def _made(
+    maker: Callable[[str, Mapping[str, Any]], T],
+    name: str,
+    arguments: Mapping[str, Any],
+    config: Config,
+    given: Mapping[str, Any],
+) -> T:
+    """What somebody makes of an executor's name and the arguments that a configuration has for it.
 
     Args:
-        name: its name.
+        maker: makes it.
+        name: the name.
         arguments: what its constructor is given.
         config: the configuration, which has said some of that.
         given: what of it counts over the configuration.
@@ -351,7 +418,7 @@ def _make(name: str, arguments: Mapping[str, Any], config: Config, given: Mappin
             f"{' and '.join(f'{name}.{argument}' for argument in missing)}"
         )
     try:
-        return make(name, arguments)
+        return maker(name, arguments)
     except (TypeError, ValueError) as error:
         if _is_about(error, config.options(name).keys() - given.keys(), given):
             raise config.blame(name, error) from error

@@ -69,6 +69,23 @@ class Resources:
         """Seconds that a unit asks for when it has failed `retry` times."""
         return self.times_s[min(retry, len(self.times_s) - 1)] if self.times_s else None
 
+    def asked(self, retry: int = 0) -> dict[str, Any]:
+        """What a unit asks an executor for when it has failed `retry` times: see `Executors.submitter`."""
+        return {
+            "cpus": self.cpus,
+            "memory": self.memory(retry),
+            "gpus": self.gpus,
+            "time": self.time_s(retry),
+            "queue": self.queue,
+            "account": self.account,
+            "extra": self.extra,
+        }
+
+    @property
+    def variants(self) -> int:
+        """How many attempts ask for something else than the one before; at least one."""
+        return max(len(self.memories), len(self.times_s), 1)
+
     def __str__(self) -> str:
         parts = [
             f"{self.cpus} CPU{'' if self.cpus == 1 else 's'}" if self.cpus else "",

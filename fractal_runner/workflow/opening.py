@@ -130,10 +130,10 @@ class OpenRun:
             directory = wanted.directory
             _make(directory)
             if not resume:
-                _expect_no_run(directory)
+                expect_no_run(directory)
             stack.callback(_lock(directory).release)
             if not resume:
-                _expect_no_run(directory)  # again: one that has just ended may have begun meanwhile
+                expect_no_run(directory)  # again: one that has just ended may have begun meanwhile
             found = read_run_file(directory)
             opened = self._open(history, found, stack)
             self.reader = opened.read
@@ -292,7 +292,12 @@ def _unusable(directory: Path, error: OSError) -> JobExecutionError:
     )
 
 
-def _expect_no_run(directory: Path) -> None:
+def expect_no_run(directory: Path) -> None:
+    """Whether a new run may begin in a directory, which need not be there yet.
+
+    Raises:
+        ValueError: if it holds one already.
+    """
     if read_run_file(directory) is not None or (directory / DATASET_FILE).exists():
         raise _holds_a_run(directory)
 

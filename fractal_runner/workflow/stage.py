@@ -371,7 +371,7 @@ def check_resources(stage: Stage, executors: Executors) -> None:
         ValueError: if not, naming the task, and what is wrong in the executor's words.
     """
     wanted = stage.resources
-    for retry in range(max(len(wanted.memories), len(wanted.times_s), 1)):
+    for retry in range(wanted.variants):
         try:
             _submitter(stage, executors, retry)
         except (TypeError, ValueError) as error:
@@ -412,14 +412,4 @@ def _first_line(text: str) -> str:
 
 def _submitter(stage: Stage, executors: Executors, retry: int, avoid: tuple[str, ...] = ()) -> Submitter:
     wanted = stage.resources
-    return executors.submitter(
-        wanted.executor,
-        cpus=wanted.cpus,
-        memory=wanted.memory(retry),
-        gpus=wanted.gpus,
-        time=wanted.time_s(retry),
-        queue=wanted.queue,
-        account=wanted.account,
-        extra=wanted.extra,
-        avoid=avoid,
-    )
+    return executors.submitter(wanted.executor, avoid=avoid, **wanted.asked(retry))

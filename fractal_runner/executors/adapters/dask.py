@@ -15,6 +15,7 @@ from fractal_runner.executors.base import Executor, View, at_least_one, info_of
 from fractal_runner.executors.calls import Call, CallOptions, TaskInfo
 from fractal_runner.executors.factories import class_of
 from fractal_runner.executors.leaving import close_when_gone, wait_at_exit
+from fractal_runner.executors.preview import Previewer
 from fractal_runner.quantities import parse_count
 
 if TYPE_CHECKING:
@@ -113,9 +114,7 @@ class DaskExecutor(Executor):
         require_dask()
         self._engine: Engine
         if source is None:
-            terms = PoolTerms.of(pool, max_workers=max_workers)
-            if terms.workers in CLUSTERS and path_map is not None:
-                terms = replace(terms, cluster={"path_map": path_map, **terms.cluster})
+            terms = _own_terms(pool, max_workers, path_map)
             self._engine = self._own_pool(terms, max_workers, folder, name, context)
         elif source == "join":
             assert join is not None
@@ -137,6 +136,15 @@ class DaskExecutor(Executor):
     def declines(cls, options: Mapping[str, Any]) -> Collection[str]:
         """Local workers need no place that others see; and of another pool, all is said already."""
         return ("folder", "path_map") if _cluster_of(options) is None else ()
+
+    @classmethod
+    def previewer(cls, arguments: Mapping[str, Any]) -> Previewer | None:
+        if any(arguments.get(name) is not None for name in _OTHERS):
+            return None  # what workers others have is known once they are asked
+        from fractal_runner.executors.adapters.daskpool.previewing import pool_previewer
+
+        terms = _own_terms(arguments.get("pool"), arguments.get("max_workers"), arguments.get("path_map"))
+        return pool_previewer(terms, arguments.get("max_workers"), arguments.get("folder"))
 
     def _own_pool(
         self,
@@ -229,6 +237,16 @@ class DaskExecutor(Executor):
 
     def _infos(self, calls: Sequence[Call]) -> list[TaskInfo]:
         return [info_of(call, state="running", **self._engine.place_of(call)) for call in calls]
+
+
+def _own_terms(
+    pool: Mapping[str, Any] | None, max_workers: int | None, path_map: Mapping[str, str] | None
+) -> PoolTerms:
+    """The terms of a pool of its own, whose workers see paths as the executor says."""
+    terms = PoolTerms.of(pool, max_workers=max_workers)
+    if terms.workers in CLUSTERS and path_map is not None:
+        return replace(terms, cluster={"path_map": path_map, **terms.cluster})
+    return terms
 
 
 def _cluster_of(options: Mapping[str, Any]) -> str | None:

@@ -29,13 +29,15 @@ from fractal_runner.executors.batch.jobs import Item
 from fractal_runner.executors.batch.manager import Manager
 from fractal_runner.executors.batch.packing import Packing
 from fractal_runner.executors.batch.payload import PackedCall, StoredCall, Terms
+from fractal_runner.executors.batch.previewing import previews
 from fractal_runner.executors.batch.scheduler import JobState, Scheduler, SchedulerError
-from fractal_runner.executors.batch.submitting import Limits
+from fractal_runner.executors.batch.shares import Limits
 from fractal_runner.executors.calls import Call, CallOptions, TaskInfo
 from fractal_runner.executors.leaving import close_when_gone, wait_at_exit
 from fractal_runner.executors.local.pickling import dump
 from fractal_runner.executors.local.reports import dump_call
 from fractal_runner.executors.local.workers import dump_context
+from fractal_runner.executors.preview import Preview, Previewer
 from fractal_runner.quantities import argument, optional, parse_count, parse_size, parse_time
 
 MAX_JOBS = 1000
@@ -155,7 +157,7 @@ class BatchExecutor(Executor):
             target_memory_per_job=target_memory_per_job,
             max_memory_per_job=max_memory_per_job,
         )
-        limits = Limits(
+        self._limits = limits = Limits(
             max_workers=sys.maxsize if max_workers is None else self.max_workers,
             max_jobs=jobs,
             max_array=optional("max_array", parse_count, max_array),
@@ -213,6 +215,42 @@ class BatchExecutor(Executor):
             hint = f"it is `{said}`" if (said := cls.other_words.get(name)) else "see its documentation"
             raise TypeError(f"{cls.__name__} has no argument {name!r}: {hint}")
 
+    @classmethod
+    def previewer(cls, arguments: Mapping[str, Any]) -> Previewer:
+        return cls(**arguments).preview  # making one writes nothing, and asks nobody anything
+
+    def preview(self, count: int, wanted: Mapping[str, Any]) -> Preview:
+        """What would be submitted of calls that come together, when no job waits or runs yet.
+
+        Args:
+            count: how many calls.
+            wanted: the options that each of them asks for.
+
+        Raises:
+            TypeError, ValueError, SchedulerError: if it could not be submitted.
+        """
+        view, reduced = self.fitting(**wanted)
+        options = view._options
+        arrays = previews(
+            count,
+            self._terms_of(options),
+            scheduler=self.scheduler,
+            folder=self.folder,
+            seen_as=self.seen_as,
+            packing=self._packing,
+            limits=self._limits,
+        )
+        return Preview(
+            calls=count,
+            slots=sum(array.jobs * array.calls_at_a_time for array in arrays),
+            cpus=options.cpus,
+            memory=options.memory,
+            gpus=options.gpus,
+            arrays=tuple(arrays),
+            waiting=count - sum(array.calls for array in arrays),
+            reduced=tuple(reduced),
+        )
+
     def attach(self, key: str) -> Future[Any] | None:
         """The call that an earlier process submitted under this `key` to this folder, if there is one.
 
@@ -246,6 +284,15 @@ class BatchExecutor(Executor):
             self._manager.take_on(item, job)
             return future
 
+    @property
+    def limits(self) -> Limits:
+        """What bounds it."""
+        return self._limits
+
+    def jobs(self) -> dict[str, str]:
+        """The ids of the jobs that were submitted last, each with the name of its array."""
+        return self._manager.recent_jobs()
+
     def wait_for_jobs(self, seconds: float) -> dict[str, str]:
         """Wait until the scheduler has no jobs of this executor any more: a job takes a moment to end.
 
@@ -255,7 +302,7 @@ class BatchExecutor(Executor):
         Returns:
             The ids of those that it still has, each with the scheduler's words; of all, without an answer.
         """
-        jobs = self._manager.recent_jobs()
+        jobs = self.jobs()
         deadline = monotonic() + seconds
         while True:
             try:

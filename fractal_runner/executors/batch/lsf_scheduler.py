@@ -24,6 +24,8 @@ from fractal_runner.executors.batch.commands import (
     parse_timeout,
     parse_words,
 )
+from fractal_runner.executors.batch.limits import SiteLimits
+from fractal_runner.executors.batch.lsf_limits import ask_limits, read_reasons, read_unit
 from fractal_runner.executors.batch.lsf_long import read_long
 from fractal_runner.executors.batch.lsf_options import OPTIONS
 from fractal_runner.executors.batch.lsf_submission import (
@@ -33,6 +35,8 @@ from fractal_runner.executors.batch.lsf_submission import (
     MemoryTerms,
     MemoryUnit,
     bsub_words,
+    line_of,
+    script_of,
     write_script,
 )
 from fractal_runner.executors.batch.options import flag
@@ -46,6 +50,7 @@ from fractal_runner.executors.batch.scheduler import (
     SchedulerError,
     SubmissionRefusedError,
 )
+from fractal_runner.executors.preview import Handover
 from fractal_runner.quantities import optional, parse_count
 
 _MAX_ARRAY = 1000  # MAX_JOB_ARRAY_SIZE of both families, where a site has not set it
@@ -59,9 +64,6 @@ _HINT = (
 # They change what commands print, for people.
 _UNSET = ("BSUB_QUIET", "BSUB_QUIET2", "BSUB_STDERR", "LSB_BJOBS_FORMAT", "LSB_DISPLAY_YEAR")
 _ELEMENT = re.compile(r"(\d{1,18})\[(\d{1,9})\]", re.ASCII)
-_UNIT_OF_SITE = re.compile(
-    r"^\s*LSF_UNIT_FOR_LIMITS\s*=\s*[\"']?([KMGTPE])B?\b", re.MULTILINE | re.IGNORECASE
-)
 _NOT_AN_ARRAY = "NOT_AN_ARRAY"
 
 
@@ -131,7 +133,7 @@ class LsfScheduler(Scheduler):
                 "env": env,
             }
         )
-        self._unit = None if memory_unit is None else UNITS[_chosen("memory_unit", memory_unit, UNITS)]
+        self._unit: str | None = None if memory_unit is None else _chosen("memory_unit", memory_unit, UNITS)
         self._per: MemoryPer = _chosen("memory_per", memory_per, ("job", "host", "task"))
         self._rerunnable = flag(rerunnable, "rerunnable")
         self._python = parse_python(python)
@@ -169,15 +171,12 @@ class LsfScheduler(Scheduler):
         return OPTIONS.parse(extra)
 
     def submit(self, request: ArrayRequest) -> Sequence[str]:
-        options = OPTIONS.merge(self._defaults, request.extra)
-        dialect = self._dialect_for(request, options)
-        memory = self._memory(dialect)
-        said = bsub_words(request, options, dialect=dialect, memory=memory, rerunnable=self._rerunnable)
+        made = self.preview(request)
         try:
-            line = write_script(request, options, python=self._python)
+            write_script(request, made.script)
         except OSError as error:
             raise SchedulerError(f"{request.directory} cannot be written to: {error}") from error
-        answer = self._commands(*self._bsub, *said, stdin=line)
+        answer = self._commands(*made.command, stdin=made.stdin)
         if array := words.read_submission(answer.text):  # whatever else there is, or its exit code
             return self._ids(array, request)
         if answer.is_missing:  # nothing was asked, and waiting does not bring it
@@ -186,6 +185,14 @@ class LsfScheduler(Scheduler):
         if words.is_refusal(answer.text):
             raise SubmissionRefusedError(f"LSF has refused array {request.name}: {text}")
         raise SchedulerError(f"It is not known whether LSF has array {request.name}: {text}")
+
+    def preview(self, request: ArrayRequest) -> Handover:
+        options = OPTIONS.merge(self._defaults, request.extra)
+        dialect = self._dialect_for(request, options)
+        memory = self._memory(dialect)
+        said = bsub_words(request, options, dialect=dialect, memory=memory, rerunnable=self._rerunnable)
+        script = script_of(request, options, python=self._python)
+        return Handover(script, (*self._bsub, *said), line_of(request))
 
     def find(self, request: ArrayRequest) -> Sequence[Sequence[str]]:
         # Not by name: whether an array has that of its elements differs.
@@ -238,6 +245,19 @@ class LsfScheduler(Scheduler):
         for answer in refusals:  # the others are ended, whatever one of them says
             answer.expect_success()
 
+    def limits(self, *, queue: str | None = None, account: str | None = None) -> SiteLimits:
+        return ask_limits(
+            self._commands,
+            self._beside_bjobs,
+            dialect=self.dialect,
+            stated=self._unit,
+            in_file=self._unit_of_site(),
+        )
+
+    def reasons(self, jobs: Mapping[str, str]) -> Mapping[str, str]:
+        said = {job: read_reasons(self._commands(*self._bjobs, "-l", job).stdout) for job in jobs}
+        return {job: why for job, why in said.items() if why is not None}
+
     def _dialect_for(self, request: ArrayRequest, options: Mapping[str, Any]) -> words.Dialect:
         """Which LSF an array is submitted to; what both understand, if it asks for nothing in particular.
 
@@ -280,18 +300,17 @@ class LsfScheduler(Scheduler):
     def _memory(self, dialect: words.Dialect) -> MemoryTerms:
         """How the site counts memory."""
         unit = self._unit or self._unit_of_site()
-        limit_unit = UNITS["KB" if dialect is words.Dialect.IBM else "MB"]
-        return MemoryTerms(unit or limit_unit, unit or UNITS["MB"], self._per)
+        limit_unit = "KB" if dialect is words.Dialect.IBM else "MB"
+        return MemoryTerms(UNITS[unit or limit_unit], UNITS[unit or "MB"], self._per)
 
-    def _unit_of_site(self) -> int | None:
+    def _unit_of_site(self) -> str | None:
         directory = os.environ.get("LSF_ENVDIR")
         if directory is None or self._commands.prefix:  # then LSF is not here
             return None
         try:
-            found = _UNIT_OF_SITE.findall((Path(directory) / "lsf.conf").read_text(errors="replace"))
+            return read_unit((Path(directory) / "lsf.conf").read_text(errors="replace"))
         except OSError:
             return None
-        return UNITS[f"{found[-1].upper()}B"] if found else None
 
     def _ids(self, array: str, request: ArrayRequest) -> list[str]:
         self._known[array] = request.name

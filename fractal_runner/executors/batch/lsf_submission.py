@@ -96,8 +96,8 @@ def bsub_words(
     return [*words, *_gpus(request, options, dialect), *extra]
 
 
-def write_script(request: ArrayRequest, options: Mapping[str, Any], *, python: str) -> str:
-    """Write what each job of an array runs; the line that starts it, for bsub to read.
+def script_of(request: ArrayRequest, options: Mapping[str, Any], *, python: str) -> str:
+    """What each job of an array runs.
 
     Args:
         request: the array.
@@ -105,16 +105,29 @@ def write_script(request: ArrayRequest, options: Mapping[str, Any], *, python: s
         python: the interpreter on the nodes.
 
     Raises:
-        OSError: if it cannot be written.
+        ValueError: if its directory's name is no line of text.
     """
     one_line(request.seen_as)
     try:
         place = os.getcwd()
     except FileNotFoundError:  # somebody has removed it
         place = request.seen_as
-    put(str(request.directory / _SCRIPT), _script(request, options, python, place).encode())
+    return _script(request, options, python, place)
+
+
+def line_of(request: ArrayRequest) -> str:
+    """The line that starts an array's script, for bsub to read."""
     script = f"{request.seen_as.rstrip('/')}/{_SCRIPT}"
     return f"/bin/sh {shlex.quote(script)}\n"
+
+
+def write_script(request: ArrayRequest, script: str) -> None:
+    """Put an array's script in its place.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    put(str(request.directory / _SCRIPT), script.encode())
 
 
 def _script(request: ArrayRequest, options: Mapping[str, Any], python: str, place: str) -> str:

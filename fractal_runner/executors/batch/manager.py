@@ -23,8 +23,9 @@ from fractal_runner.executors.batch.following import Following
 from fractal_runner.executors.batch.jobs import Array, Item, Job, Roster
 from fractal_runner.executors.batch.packing import Packing
 from fractal_runner.executors.batch.scheduler import Scheduler
+from fractal_runner.executors.batch.shares import Limits
 from fractal_runner.executors.batch.stopping import Stopping
-from fractal_runner.executors.batch.submitting import Limits, Submitting
+from fractal_runner.executors.batch.submitting import Submitting
 from fractal_runner.filesystems import is_shared
 
 _GRACE_S, _GRACE_SHARED_S = 1.0, 10.0

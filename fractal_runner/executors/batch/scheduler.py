@@ -15,6 +15,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from fractal_runner.executors.batch.limits import SiteLimits
+from fractal_runner.executors.preview import Handover
+
 
 class JobState(enum.IntEnum):
     """Where a job is in its life.
@@ -164,6 +167,17 @@ class Scheduler(ABC):
             SchedulerError: if nobody knows; `find` tells, sooner or later.
         """
 
+    def preview(self, request: ArrayRequest) -> Handover | None:
+        """What `submit` would hand over for this array. Nothing is written, and nothing is handed over.
+
+        Returns:
+            It, made as `submit` makes it; None if this scheduler does not tell.
+
+        Raises:
+            TypeError, ValueError, SchedulerError: as `submit`, if there can be no such array.
+        """
+        return None
+
     @abstractmethod
     def find(self, request: ArrayRequest) -> Sequence[Sequence[str]]:
         """The arrays of this request's name that the scheduler knows, whether or not their jobs have ended.
@@ -215,6 +229,26 @@ class Scheduler(ABC):
         Raises:
             SchedulerError: if it could not be said.
         """
+
+
+    def limits(self, *, queue: str | None = None, account: str | None = None) -> SiteLimits:
+        """What the site allows, as far as it says: for people who set an executor up.
+
+        Args:
+            queue, account: of the jobs that it is asked for; None for the scheduler's defaults.
+        """
+        return SiteLimits()
+
+    def reasons(self, jobs: Mapping[str, str]) -> Mapping[str, str]:
+        """Why these jobs wait, where `states` does not say it: the scheduler's own words, by id.
+
+        Args:
+            jobs: the ids, each with the name of its array. Each of them may take a command.
+
+        Raises:
+            SchedulerError: if there was no answer.
+        """
+        return {}
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from fractal_runner.executors.batch import slurm_words as words
 from fractal_runner.executors.batch.commands import NOT_FOUND, CommandAnswer, Run, cleaned, parse_python
+from fractal_runner.executors.batch.limits import SiteLimits
 from fractal_runner.executors.batch.scheduler import (
     ArrayRequest,
     JobState,
@@ -25,8 +26,10 @@ from fractal_runner.executors.batch.scheduler import (
     SubmissionRefusedError,
 )
 from fractal_runner.executors.batch.slurm_commands import HINT, TIMED_OUT, slurm_commands
+from fractal_runner.executors.batch.slurm_limits import ask_limits
 from fractal_runner.executors.batch.slurm_options import OPTIONS
-from fractal_runner.executors.batch.slurm_submission import Element, prepare
+from fractal_runner.executors.batch.slurm_submission import Submitter, prepare
+from fractal_runner.executors.preview import Handover
 
 _ACCOUNT_S = 5.0  # how far sacct may be behind squeue
 _MAX_ARRAY = 1000  # where Slurm does not say: below its own default, 1001
@@ -137,24 +140,30 @@ class SlurmScheduler(Scheduler):
         return OPTIONS.parse(extra)
 
     def submit(self, request: ArrayRequest) -> Sequence[str]:
+        made = self._make(request)
         try:
-            options = OPTIONS.merge(self._defaults, request.extra)
-            executor = prepare(
-                request, options, commands=self._commands, python=self._python, requeue=self._requeue
-            )
+            made.write()
         except OSError as error:
             raise SchedulerError(f"{request.directory} cannot be written to: {error}") from error
         try:
-            with executor.batch():
-                job = executor.submit(Element(request.seen_as))
+            array = made.hand_over()
         except FailedJobError as error:
             cause = error.__cause__
             returncode = cause.returncode if isinstance(cause, subprocess.CalledProcessError) else None
-            raise _not_submitted(request, executor.stderr(), returncode) from None
+            raise _not_submitted(request, made.stderr(), returncode) from None
         except (FailedSubmissionError, OSError) as error:
-            said = "\n".join(filter(None, (str(error), executor.stderr())))
+            said = "\n".join(filter(None, (str(error), made.stderr())))
             raise SchedulerError(f"It is not known whether SLURM has array {request.name}: {said}") from error
-        return self._ids(str(job.job_id), request.count)
+        return self._ids(array, request.count)
+
+    def preview(self, request: ArrayRequest) -> Handover:
+        return self._make(request).preview()
+
+    def _make(self, request: ArrayRequest) -> Submitter:
+        options = OPTIONS.merge(self._defaults, request.extra)
+        return prepare(
+            request, options, commands=self._commands, python=self._python, requeue=self._requeue
+        )
 
     def find(self, request: ArrayRequest) -> Sequence[Sequence[str]]:
         fields = f"--Format={words.SQUEUE_FIELDS}"
@@ -213,6 +222,13 @@ class SlurmScheduler(Scheduler):
             told = cleaned(answer.stderr).splitlines()
             if answer.returncode and not (told and all(map(words.NOTHING_TO_CANCEL.search, told))):
                 answer.expect_success()
+
+    def limits(self, *, queue: str | None = None, account: str | None = None) -> SiteLimits:
+        found = ask_limits(self._commands, partition=queue, account=account, qos=self._defaults.get("qos"))
+        with self._asking:
+            if self._max_array is None and found.max_array is not None:
+                self._max_array = found.max_array.value  # so it is not asked for once more
+        return found
 
     def _ids(self, array: str, count: int) -> list[str]:
         self._counts[array] = count

@@ -30,8 +30,10 @@ from fractal_runner.executors.batch.options import one_line
 from fractal_runner.executors.batch.packing import lead_s
 from fractal_runner.executors.batch.scheduler import ArrayRequest, JobPlace
 from fractal_runner.executors.batch.slurm_commands import sbatch
+from fractal_runner.executors.preview import Handover
 
 _PICKLE, _STDERR = "element.pkl", "sbatch.err"
+_SCRIPT = "submission_file.sh"  # submitit puts a number into its name
 _LEAD_WITHOUT_LIMIT_S = 30  # a partition may have a limit of its own
 _FOREVER_MIN = 366 * 24 * 60
 _MIB = 2**20
@@ -51,7 +53,7 @@ while signalled=; wait "$worker"; code=$?; [ -n "$signalled" ]; do :; done"""
 def prepare(
     request: ArrayRequest, options: Mapping[str, Any], *, commands: Commands, python: str, requeue: bool
 ) -> Submitter:
-    """What submits an array, with all that it needs on disk.
+    """What submits an array. Nothing is written yet: `Submitter.write` does that.
 
     Args:
         request: the array.
@@ -62,7 +64,6 @@ def prepare(
 
     Raises:
         ValueError: if Slurm or submitit could not keep to its name or directory.
-        OSError: if its directory cannot be written to.
     """
     if not re.fullmatch(r"[\w.+-]+", request.name, re.ASCII):
         raise ValueError(f"{request.name!r} is not a name for an array: squeue would not find it by that")
@@ -86,13 +87,13 @@ def prepare(
     for path in (str(folder.absolute()), seen_as):
         if tag := re.search("%[jtAa]", path):
             raise ValueError(f"{path}: submitit would replace {tag[0]!r} in it; choose another folder")
-    folder.mkdir(exist_ok=True)
     teardown = list(options.get("teardown", ()))
     executor = Submitter(
         folder,
         seen_as=seen_as,
         command=sbatch(commands, {name for name in parameters if parameters[name] is not None}),
         waits=bool(teardown),
+        directory=request.seen_as,
         python=shlex.quote(python),
         named_by_nodes=bool(commands.prefix),
     )
@@ -107,10 +108,6 @@ def prepare(
             ("requeue" if requeue else "no-requeue"): True,
         },
     )
-    # Named before anything is submitted, for each element to take on its node.
-    element = submitit_utils.DelayedSubmission(Element(request.seen_as))
-    element.set_timeout(minutes or _FOREVER_MIN, executor.max_num_timeout)
-    element.dump(folder / _PICKLE)
     return executor
 
 
@@ -160,6 +157,7 @@ class Submitter(submitit.SlurmExecutor):
     Args:
         folder: where submitit has its files.
         seen_as: the same, as the nodes see it.
+        directory: the array's, as the nodes see it.
         command: the words that submit the script of this name.
         waits: whether the shell waits for the worker, as it has something to do afterwards.
         python: the interpreter on the nodes, quoted.
@@ -173,6 +171,7 @@ class Submitter(submitit.SlurmExecutor):
         folder: Path,
         *,
         seen_as: str,
+        directory: str,
         command: Callable[[str], list[str]],
         waits: bool,
         python: str,
@@ -180,9 +179,38 @@ class Submitter(submitit.SlurmExecutor):
     ) -> None:
         super().__init__(folder, max_num_timeout=3, python=python)
         self._seen_as = seen_as
+        self._directory = directory
         self._command = command
         self._waits = waits
         self._named_by_nodes = named_by_nodes
+
+    def write(self) -> None:
+        """Write what each element takes on its node: named before anything is submitted.
+
+        Raises:
+            OSError: if the array's directory cannot be written to.
+        """
+        folder = Path(self.folder)
+        folder.mkdir(exist_ok=True)
+        element = submitit_utils.DelayedSubmission(Element(self._directory))
+        element.set_timeout(self.parameters["time"] or _FOREVER_MIN, self.max_num_timeout)
+        element.dump(folder / _PICKLE)
+
+    def hand_over(self) -> str:
+        """Submit it; the id that Slurm has given the array.
+
+        Raises:
+            OSError, FailedSubmissionError: what submitit makes of it if Slurm does not answer.
+            FailedJobError: if sbatch has failed.
+        """
+        with self.batch():
+            job = self.submit(Element(self._directory))
+        return str(job.job_id)
+
+    def preview(self) -> Handover:
+        """What would be handed over: submitit's own text, made as when it submits."""
+        text = self._make_submission_file_text(self._submitit_command_str, "")
+        return Handover(text, tuple(self._command(f"{self._seen_as}/{_SCRIPT}")))
 
     def stderr(self) -> str:
         """What sbatch had to say."""

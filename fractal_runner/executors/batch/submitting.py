@@ -11,55 +11,25 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from fractal_runner.executors.batch import verdicts
 from fractal_runner.executors.batch.adoption import PREFIX, one_of_each
 from fractal_runner.executors.batch.errands import Errands, Note
 from fractal_runner.executors.batch.files import ArrayFiles, make_folder, put
 from fractal_runner.executors.batch.jobs import Array, Item, Job, Roster
-from fractal_runner.executors.batch.packing import Packing, job_time
+from fractal_runner.executors.batch.packing import Packing
 from fractal_runner.executors.batch.payload import PackedCall, Terms, write_payload
-from fractal_runner.executors.batch.scheduler import (
-    ArrayRequest,
-    Scheduler,
-    SchedulerError,
-    SubmissionRefusedError,
-)
+from fractal_runner.executors.batch.scheduler import Scheduler, SchedulerError, SubmissionRefusedError
+from fractal_runner.executors.batch.shares import Limits, next_share, request_of
 from fractal_runner.executors.local import child
 
 _GATHER_S, _GATHER_LIMIT_S, _GATHER_BUSY_S = 0.05, 1.0, 5.0
 _MAX_ARRAY = 1000  # where the scheduler does not say
 _FIND_S, _FIND_LIMIT_S = 2.0, 60.0
 _logger = logging.getLogger("fractal_runner")
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What bounds an executor.
-
-    Attributes:
-        max_workers: calls that run at a time, over all jobs.
-        max_jobs: jobs that wait or run at a time.
-        max_array: jobs in an array; None for as many as the scheduler takes.
-        max_time: seconds that no job asks for more than; None for no bound.
-        poll_interval: seconds between two questions to the scheduler, when nothing changes.
-        pending_timeout: seconds for which a job may wait for what will not come; None for ever.
-        grace: seconds after a job's end within which its last words have to be seen; None to choose.
-        submission_timeout: seconds within which a submission has to succeed.
-    """
-
-    max_workers: int
-    max_jobs: int
-    max_array: int | None
-    max_time: float | None
-    poll_interval: float
-    pending_timeout: float | None
-    grace: float | None
-    submission_timeout: float
 
 
 class Submitting:
@@ -195,49 +165,37 @@ class Submitting:
 
     def _pack(self, items: deque[Item]) -> bool:
         """Put some of these calls, which need the same, into an array; False if there is no room for one."""
-        limits, terms = self._limits, items[0].terms
-        places = limits.max_workers - self._roster.places
-        room = min(limits.max_jobs - len(self._roster.jobs), places)
-        if room < 1:
+        share = next_share(
+            len(items),
+            items[0].terms,
+            packing=self._packing,
+            limits=self._limits,
+            jobs=len(self._roster.jobs),
+            places=self._roster.places,
+            max_array=self._max_array,
+        )
+        if share is None:
             return False
-        extra = terms.extra or {}
-        needs: dict[str, Any] = {"cpus": terms.cpus, "memory": terms.memory, "gpus": terms.gpus}
-        packing = self._packing.replaced(extra.get("tasks_per_job"), extra.get("parallel_tasks_per_job"))
-        packed = packing.pack(len(items), **needs)
-        parallel = min(packed.parallel_calls_per_job, places)
-        if parallel < packed.parallel_calls_per_job:
-            packed = packing.replaced(None, parallel).pack(len(items), **needs)
-        # As many jobs as there would be if there were room for all of them: a few do not get everything.
-        at_most = max(1, min(limits.max_jobs, limits.max_workers // parallel))
-        per_job = max(packed.calls_per_job, math.ceil(len(items) / at_most))
-        jobs = min(room, max(1, places // parallel), self._max_array)
-        chosen = [items.popleft() for _ in range(min(len(items), jobs * per_job))]
-        count = math.ceil(len(chosen) / per_job)
-        parallel = min(parallel, math.ceil(len(chosen) / count))
+        terms = items[0].terms
+        chosen = [items.popleft() for _ in range(share.calls)]
         # What came first is started first, whichever job it is in.
-        self._submit([chosen[number::count] for number in range(count)], terms, parallel)
+        self._submit([chosen[number :: share.jobs] for number in range(share.jobs)], terms, share.parallel)
         return True
 
     def _submit(self, slices: list[list[Item]], terms: Terms, parallel: int) -> Array:
-        needs: dict[str, Any] = {
-            "cpus": terms.cpus * parallel,
-            "memory": None if terms.memory is None else terms.memory * parallel,
-            "gpus": terms.gpus * parallel,
-            "time": job_time(terms.time, len(slices[0]), parallel, self._limits.max_time),
-        }
         name = f"{PREFIX}{time.strftime('%m%d-%H%M%S')}-{uuid.uuid4().hex[:12]}"
-        files = ArrayFiles(self._folder / name)
-        request = ArrayRequest(
-            name=name,
-            directory=Path(files.directory),
-            seen_as=self._seen_as(files.directory),
-            count=len(slices),
-            queue=terms.queue,
-            account=terms.account,
-            extra=terms.extra or {},
-            **needs,
+        request, terms = request_of(
+            name,
+            terms,
+            jobs=len(slices),
+            calls_per_job=len(slices[0]),
+            parallel=parallel,
+            folder=self._folder,
+            seen_as=self._seen_as,
+            max_time=self._limits.max_time,
         )
-        array = Array(files, request, replace(terms, parallel=parallel, job=needs))
+        files = ArrayFiles(request.directory)
+        array = Array(files, request, terms)
         self._roster.names.add(name)
         packed = []
         for number, items in enumerate(slices):

@@ -23,6 +23,7 @@ from fractal_runner.executors.local.workers import (
     ThreadWorker,
     fresh_processes,
 )
+from fractal_runner.executors.preview import Preview, Previewer
 from fractal_runner.executors.slots import SlotPool
 from fractal_runner.quantities import format_size, optional, parse_count, parse_size, parse_time
 
@@ -49,6 +50,11 @@ class SerialExecutor(Executor):
         if max_workers is not None:
             at_least_one(max_workers)
         super().__init__(max_workers=1, name=name, context=context)
+
+    @classmethod
+    def previewer(cls, arguments: Mapping[str, Any]) -> Previewer:
+        made = cls(**arguments)
+        return lambda count, wanted: _preview(count, 1, made.options(**wanted)._options, [])
 
     def _start(self, call: Call) -> None:
         thread = threading.current_thread()
@@ -122,6 +128,19 @@ class LocalExecutor(Executor):
     def max_memory(self) -> int | None:
         """Bytes that calls may need together."""
         return self._budget.memory
+
+    @classmethod
+    def previewer(cls, arguments: Mapping[str, Any]) -> Previewer:
+        made = cls(**arguments)  # which has no worker before its first call
+        return made._previewed
+
+    def _previewed(self, count: int, wanted: Mapping[str, Any]) -> Preview:
+        view, reduced = self.fitting(**wanted)
+        options = view._options
+        slots = min(self.max_workers, self.max_cpus // options.cpus)
+        if self.max_memory is not None and options.memory:
+            slots = min(slots, self.max_memory // options.memory)
+        return _preview(count, slots, options, reduced)
 
     def fitting(self, **options: Any) -> tuple[Executor, list[str]]:
         wanted = self._options.replaced(**options)
@@ -245,3 +264,14 @@ class ForkExecutor(LocalExecutor):
         if problem := ForkExecutor.unusable({}):
             raise NotImplementedError(problem)
         return lambda dispatcher: ForkWorker(surroundings)
+
+
+def _preview(count: int, slots: int, options: CallOptions, reduced: Sequence[str]) -> Preview:
+    return Preview(
+        calls=count,
+        slots=slots,
+        cpus=options.cpus,
+        memory=options.memory,
+        gpus=options.gpus,
+        reduced=tuple(reduced),
+    )

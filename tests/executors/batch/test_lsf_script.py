@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from fractal_runner.executors.batch.lsf_options import OPTIONS
-from fractal_runner.executors.batch.lsf_submission import write_script
+from fractal_runner.executors.batch.lsf_submission import line_of, script_of, write_script
 from fractal_runner.executors.batch.scheduler import JobPlace
 from fractal_runner.worker.processes import host_name
 from tests.executors.batch.lsf_recorded import array_request
@@ -87,8 +87,8 @@ class Site:
 
     def submit(self, *, time: float | None = None, **extra: Any) -> None:
         request = array_request(self.directory, time=time)
-        line = write_script(request, OPTIONS.parse(extra), python=str(self.python))
-        self.job_file.write_text(JOB_FILE.format(line=line))
+        write_script(request, script_of(request, OPTIONS.parse(extra), python=str(self.python)))
+        self.job_file.write_text(JOB_FILE.format(line=line_of(request)))
 
     def use(self, shell: str) -> None:
         """Have the host's /bin/sh be this one."""

@@ -14,7 +14,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fractal_runner.executors.batch.lsf_options import OPTIONS
-from fractal_runner.executors.batch.lsf_submission import UNITS, MemoryTerms, bsub_words, write_script
+from fractal_runner.executors.batch.lsf_submission import (
+    UNITS,
+    MemoryTerms,
+    bsub_words,
+    line_of,
+    script_of,
+    write_script,
+)
 from fractal_runner.executors.batch.lsf_words import Dialect
 from fractal_runner.executors.batch.packing import lead_s
 from tests.executors.batch.lsf_recorded import array_request
@@ -223,7 +230,8 @@ def test_hosts_are_never_more_than_one_word_after_their_option(wanted: str, unwa
 def test_the_line_that_bsub_reads_starts_the_script_and_tells_nothing_else(tmp_path: Path) -> None:
     request = array_request(tmp_path, seen_as="/cluster/x")
     options = OPTIONS.parse({"env": {"TOKEN": "secret"}, "setup": ["login --token secret"]})
-    assert write_script(request, options, python="py") == "/bin/sh /cluster/x/job.sh\n"
+    write_script(request, script_of(request, options, python="py"))
+    assert line_of(request) == "/bin/sh /cluster/x/job.sh\n"
     assert "secret" in (tmp_path / "job.sh").read_text()
     assert stat.S_IMODE((tmp_path / "job.sh").stat().st_mode) & 0o077 == 0
 
@@ -232,7 +240,7 @@ def test_the_line_that_bsub_reads_starts_the_script_and_tells_nothing_else(tmp_p
     "seen_as", ["/a b", "/a'b", '/a"b', "/$HOME", "/a;id", "/`id`", "/a*", "/ä", "/", "/x/"]
 )
 def test_a_path_is_one_word_of_the_line(seen_as: str, tmp_path: Path) -> None:
-    line = write_script(array_request(tmp_path, seen_as=seen_as), {}, python="py")
+    line = line_of(array_request(tmp_path, seen_as=seen_as))
     assert line.endswith("\n") and line.count("\n") == 1
     assert shlex.split(line) == ["/bin/sh", f"{seen_as.rstrip('/')}/job.sh"]
 
@@ -240,25 +248,22 @@ def test_a_path_is_one_word_of_the_line(seen_as: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("seen_as", ["/a\nid", "/a\rb", "/a\0b", "/a\u2028b", "/\udcff"])
 def test_a_path_with_which_a_line_would_end_is_refused(seen_as: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not a line of text"):
-        write_script(array_request(tmp_path, seen_as=seen_as), {}, python="py")
-    assert list(tmp_path.iterdir()) == []
+        script_of(array_request(tmp_path, seen_as=seen_as), {}, python="py")
 
 
 def test_a_job_is_warned_only_if_it_has_a_time(tmp_path: Path) -> None:
-    write_script(array_request(tmp_path), {}, python="py")
-    assert "_fr_begun" not in (tmp_path / "job.sh").read_text()
+    assert "_fr_begun" not in script_of(array_request(tmp_path), {}, python="py")
 
 
 @pytest.mark.parametrize(("seconds", "limit"), [(1, 60), (60, 60), (61, 120), (3600, 3600), (86_400, 86_400)])
 def test_a_job_is_warned_before_the_limit_that_lsf_has_for_it(
     seconds: float, limit: int, tmp_path: Path
 ) -> None:
-    write_script(array_request(tmp_path, time=seconds), {}, python="py")
-    script = (tmp_path / "job.sh").read_text()
+    script = script_of(array_request(tmp_path, time=seconds), {}, python="py")
     [seconds_after] = re.findall(r' "\$\(\(_fr_begun \+ (\d+)\)\)"', script)
     assert int(seconds_after) == int(limit - lead_s(limit)) < limit
 
 
 def test_a_directory_that_cannot_be_written_to_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="missing"):
-        write_script(array_request(tmp_path / "missing"), {}, python="py")
+        write_script(array_request(tmp_path / "missing"), "#!/bin/sh\n")

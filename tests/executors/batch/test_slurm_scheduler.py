@@ -892,6 +892,7 @@ def test_no_value_becomes_a_line_of_its_own(value: str, other: str) -> None:
 def submitter(folder: Path, **changes: Any) -> Submitter:
     values: dict[str, Any] = {
         "seen_as": "/see n",
+        "directory": "/",
         "command": lambda script: ["sbatch", script],
         "waits": False,
         "python": "py",

@@ -17,7 +17,7 @@ from typing import Any
 from fractal_runner.errors import JobExecutionError
 from fractal_runner.executors.adapters.daskpool.host import run_worker
 from fractal_runner.executors.adapters.daskpool.loops import LoopThread
-from fractal_runner.executors.adapters.daskpool.terms import PoolTerms, WorkerEnd, WorkerTerms
+from fractal_runner.executors.adapters.daskpool.terms import PoolTerms, Shape, WorkerEnd, WorkerTerms
 from fractal_runner.executors.batch import verdicts
 from fractal_runner.executors.batch.base import BatchExecutor
 
@@ -118,11 +118,7 @@ class ClusterHosts:
         self._futures: dict[str, Future[Any]] = {}
         self._none_left = asyncio.Event()
         self._none_left.set()
-        shape = terms.shape
-        options: dict[str, Any] = {"cpus": shape.cpus or 1, "gpus": shape.gpus or 0}
-        if shape.memory is not None:
-            options["memory"] = f"{shape.memory}B"
-        self._view = executor.options(**options)
+        self._view = executor.options(**worker_options(terms.shape))
 
     def launch(self, names: Sequence[str]) -> None:
         for name in names:  # the executor puts those that come together into one array
@@ -160,6 +156,12 @@ class ClusterHosts:
         self._told(name, end)
         if not self._futures:
             self._none_left.set()
+
+
+def worker_options(shape: Shape) -> dict[str, Any]:
+    """What the job of a worker of this shape asks for, as options of its call."""
+    options: dict[str, Any] = {"cpus": shape.cpus or 1, "gpus": shape.gpus or 0}
+    return options if shape.memory is None else {**options, "memory": f"{shape.memory}B"}
 
 
 def _end_of(future: Future[Any]) -> WorkerEnd:
