@@ -66,12 +66,14 @@ def table_of(found: list[Entry], default: str) -> Table:
         default: the name of the one that the configuration names.
     """
     from rich.table import Table
+    from rich.text import Text
 
     table = Table("executor", "from", "can do", "here", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for entry in found:
         chosen = entry.name == default and entry.abilities
         here = entry.problem or _USABLE
-        table.add_row(entry.name, entry.by, entry.abilities, f"{here}, the default" if chosen else here)
+        row = (entry.name, entry.by, entry.abilities, f"{here}, the default" if chosen else here)
+        table.add_row(*map(Text, row))  # as they are: what stands in brackets is no style
     return table
 
 

@@ -16,7 +16,6 @@ from fractal_runner.executors.sections import ExecutorSections, section_of
 from fractal_runner.quantities import parse_size, parse_time
 from tests.executors.batch import standin
 
-
 TEXT = Takes(scalars=frozenset({str}))
 
 

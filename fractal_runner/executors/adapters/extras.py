@@ -33,13 +33,18 @@ class Extra:
 
     def lacking(self) -> str | None:
         """What is not installed here, with what installs it; None if nothing is. Nothing is imported."""
-        missing = next((module for module in self.modules if not _is_there(module)), None)
+        missing = self._missing()
         return None if missing is None else f"{missing} is not installed: {self.command}"
 
     def error(self, cause: ImportError) -> ImportError:
         """The error for who has asked for the executor, where importing its engine has failed."""
         why = self.lacking() or f"importing it fails ({cause}): {self.command}"
-        return ImportError(f"{self.executor} needs {self.engine}, and here {why}", name=cause.name)
+        return ImportError(
+            f"{self.executor} needs {self.engine}, and here {why}", name=self._missing() or cause.name
+        )
+
+    def _missing(self) -> str | None:
+        return next((module for module in self.modules if not _is_there(module)), None)
 
 
 def _is_there(module: str) -> bool:
