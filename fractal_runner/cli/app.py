@@ -18,6 +18,8 @@ from fractal_runner import __version__
 from fractal_runner.cli import looking, running
 from fractal_runner.cli.configuration import app as config_app
 from fractal_runner.cli.console import note
+from fractal_runner.cli.doctor import doctor
+from fractal_runner.cli.pools import app as pool_app
 from fractal_runner.errors import HistoryError, InputFileError, RunBusyError
 
 app = typer.Typer(
@@ -37,6 +39,8 @@ app.command("list")(looking.list_runs)
 app.command()(looking.clean)
 app.command()(running.cancel)
 app.add_typer(config_app, name="config")
+app.command()(doctor)
+app.add_typer(pool_app, name="pool")
 
 
 def _print_version(wanted: bool) -> None:

@@ -18,9 +18,7 @@ from fractal_runner.executors.batch.scheduler import SchedulerError
 _ARRAY_WORD = "MAX_JOB_ARRAY_SIZE"
 _ARRAY_SIZE = re.compile(rf"\b{_ARRAY_WORD}\s*=\s*(\d{{1,10}})\b")
 _DEFAULT_QUEUES = re.compile(r"\bDEFAULT_QUEUE\s*=\s*(.+)|^Default Queues:[ \t]*(.+)$", re.MULTILINE)
-_UNIT = re.compile(
-    r"^\s*LSF_UNIT_FOR_LIMITS\s*=\s*[\"']?([KMGTPE])B?\b", re.MULTILINE | re.IGNORECASE
-)
+_UNIT = re.compile(r"^\s*LSF_UNIT_FOR_LIMITS\s*=\s*[\"']?([KMGTPE])B?\b", re.MULTILINE | re.IGNORECASE)
 _REASONS = re.compile(r"^[ \t]*PENDING REASONS:[ \t]*\n((?:[ \t]*\S.*(?:\n|\Z))+)", re.MULTILINE)
 _USERS = "USER/GROUP"
 _QUEUES = "QUEUE_NAME"
@@ -53,21 +51,19 @@ def ask_limits(
     parameters = asking.parameters()
     queues = asking.queues(parameters)
     submitted, running = asking.shares()
-    site = asking.unit_of_site() if dialect is words.Dialect.IBM else None
-    if stated is not None:
-        memory = MemoryUnits(stated, "memory_unit", True, site, _SHOW_CONFIG)
-    elif in_file is not None:
-        memory = MemoryUnits(in_file, "lsf.conf", True, site, _SHOW_CONFIG)
-    else:
-        usual = "KB and MB" if dialect is words.Dialect.IBM else "MB"
-        memory = MemoryUnits(usual, "what is usual", False, site, _SHOW_CONFIG)
+    site, site_by = in_file, "lsf.conf"
+    if site is None and dialect is words.Dialect.IBM:
+        site, site_by = asking.unit_of_site(), _SHOW_CONFIG
+    used, by = (stated, "memory_unit") if stated is not None else (in_file, "lsf.conf")
+    if used is None:
+        used, by = "KB and MB" if dialect is words.Dialect.IBM else "MB", "what is usual"
     return SiteLimits(
         max_array=read_max_array(parameters),
         max_submitted=submitted,
         max_running=running,
         queues=tuple(queues),
         names_default=any(queue.is_default for queue in queues),
-        memory=memory,
+        memory=MemoryUnits(used, by, stated is not None or in_file is not None, site, site_by),
         facts=() if dialect is None else (f"{dialect.value}'s family",),
         unknown=tuple(asking.unknown),
     )

@@ -20,7 +20,9 @@ _FACTS = ("SLURM_VERSION", "MaxJobCount", "AccountingStorageEnforce", "DefMemPer
 _ASSOCIATION = ("DefaultAccount", "Account", "Partition", "DefaultQOS", "MaxJobs", "MaxSubmitJobs")
 _QOS = ("Name", "MaxJobsPU", "MaxSubmitPU")
 _ENFORCED = re.compile(r"\b(?:limits|safe|all)\b", re.IGNORECASE)  # slurm.conf(5), AccountingStorageEnforce
-_NO_DATABASE = re.compile(r"accounting_storage plugin|[Aa]ccounting storage is disabled|slurm_persist_conn_open")
+_NO_DATABASE = re.compile(
+    r"accounting_storage plugin|[Aa]ccounting storage is disabled|slurm_persist_conn_open"
+)
 
 
 def ask_limits(
@@ -127,7 +129,7 @@ class _Asking:
                 return None  # there is no accounting, and so no such bounds
             answer.expect_success()
         except SchedulerError as error:
-            shown = " ".join(command[:3])
+            shown = " ".join([word for word in command if not word.startswith("--")][:3])
             self.unknown.append(f"`{shown}` gave no answer: {cleaned(str(error)).splitlines()[0]}")
             return None
         return answer

@@ -7,6 +7,7 @@ never takes a record for a pool: a process that died left its record behind, and
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
 import re
@@ -137,6 +138,20 @@ class PoolFiles:
         """Where a pool of local workers has its files."""
         return self.folder / f"{self.name}.d"
 
+    def is_held(self) -> bool:
+        """Whether a process has this pool, or is about to: it lets go of that only when it ends."""
+        try:
+            lock = os.open(self.lock, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(lock)
+        return False
+
     def read(self) -> PoolRecord | None:
         """What is written down; None if there is nothing.
 
@@ -219,6 +234,10 @@ def start_pool(
         raise ExecutorError(
             f"The pool {name!r} has not started in {timeout:g} s: {_tail(files.log)}"
         ) from None
+    except BaseException:  # a Ctrl-C: who keeps the pool ends it as soon as it finds that nobody waits for it
+        process.kill()
+        process.communicate()
+        raise
     record = files.read()
     if process.returncode or record is None:
         raise ExecutorError(f"The pool {name!r} has not started: {_tail(files.log)}")
