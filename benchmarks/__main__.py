@@ -25,13 +25,14 @@ BENCHMARKS = {
     "batch": "what a call costs on a batch executor whose jobs cost nothing, 100,000 of them",
     "lsf": "calls on an emulated LSF, beside a bsub for each",
     "slurm": "calls on a real Slurm cluster, beside submitit and executorlib",
+    "engines": "calls over Dask and Ray, beside the engines' own interfaces; pools that are kept",
     "warm": "the demo's tasks and small scripts started warm, beside cold",
     "repeat": "the tests of executors, again and again: what fails now and then, and what is left behind",
 }
 
 # Run where they are named: one takes most of an hour, and measures nothing; one needs Slurm; one needs the
-# demo's tasks, and half an hour.
-ONLY_BY_NAME = {"repeat", "slurm", "warm"}
+# demo's tasks, and half an hour; one needs Dask and Ray, and a quarter of an hour.
+ONLY_BY_NAME = {"engines", "repeat", "slurm", "warm"}
 
 
 def main(arguments: list[str] | None = None) -> int:
