@@ -100,6 +100,27 @@ def test_two_who_use_it_at_a_time_share_its_workers(pool: PoolRecord, tmp_path: 
         assert [future.result(PATIENCE_S) for future in held] == [0, 1, 2, 3]
 
 
+def test_the_process_of_those_who_have_left_is_nobody_elses(
+    start: Callable[..., PoolRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    (tmp_path / "fractal-runner").symlink_to(tmp_path)
+    start("one-worker")
+
+    with DaskExecutor(1, join="one-worker") as executor:
+        first, worker = executor.submit(_process_and_parent).result(PATIENCE_S)
+    with DaskExecutor(1, join="one-worker") as executor:
+        second, same_worker = executor.submit(_process_and_parent).result(PATIENCE_S)
+        wait_until(lambda: not is_alive(first), "the process of who has left has ended")
+
+    assert worker == same_worker
+    assert first != second
+
+
+def _process_and_parent() -> tuple[int, int]:
+    return os.getpid(), os.getppid()
+
+
 def test_its_files_are_its_owners(start: Callable[..., PoolRecord], tmp_path: Path) -> None:
     record = start("mine")
 

@@ -266,7 +266,8 @@ class _SeatWorker(KeptProcessWorker):
         """Forget the contexts; and end the process, if it has seen what is another owner's."""
         self.contexts = {}
         if with_process:
-            self._discard()
+            self.rest()
+            self._let_go()  # it ends while the next one starts
 
     def tell_failure(self, call: Call, error: BaseException) -> None:
         """Tell how a call has ended that has no end of its own."""
