@@ -279,9 +279,8 @@ def _queue(setting: Setting, site: SiteLimits, section: Section) -> Iterator[Fin
     # A scheduler may be given several, of which it chooses one.
     for name in wanted.replace(",", " ").split():
         if name not in queues:
-            yield Finding(
-                Kind.PROBLEM, f"there is no {word} {name!r}: {did_you_mean(name, queues)}; there are {others}"
-            )
+            hint = did_you_mean(name, queues)
+            yield Finding(Kind.PROBLEM, f"there is no {word} {name!r}: {hint} There are {others}")
         elif not queues[name].is_open:
             yield Finding(
                 Kind.PROBLEM,

@@ -18,7 +18,7 @@ from fractal_runner.cli.parameters import ExecutorName, ExecutorOpt, Verbose
 from fractal_runner.quantities import format_time, parse_time
 
 if TYPE_CHECKING:
-    from fractal_runner.cli.diagnosis import Finding, Kind
+    from fractal_runner.cli.diagnosis import Finding, Kind, Section
     from fractal_runner.config import Config
     from fractal_runner.executors.registry import Executors
 
@@ -107,7 +107,7 @@ class _Examination:
             if not error.is_ended:
                 self._say(Finding(Kind.NOTE, "the executor cannot end it: it is left where it is"))
             return False, error.is_ended
-        for finding in of_worker(seen, self._section(self._config.executor)):
+        for finding in of_worker(seen, self._section(executors.get())):
             self._say(finding)
         self._say(of_directory(seen, directory))
         self._say(of_clock(seen))
@@ -120,12 +120,9 @@ class _Examination:
         cluster = cluster_of(executor)
         if cluster is None:
             return
-        keys = [self._config.executor]
-        if cluster is not executor:  # the cluster of its workers, whose options are below its own
-            keys += ["pool", cluster.scheduler.name.lower()]
         wanted = cluster._options
         site = cluster.scheduler.limits(queue=wanted.queue, account=wanted.account)
-        for finding in of_cluster(Setting.of(cluster), site, self._section(*keys)):
+        for finding in of_cluster(Setting.of(cluster), site, self._section(executor)):
             self._say(finding)
 
     def _report_left(self, left: Mapping[str, str]) -> None:
@@ -137,19 +134,25 @@ class _Examination:
                 [f"job {job}: {said}" for job, said in left.items()],
             )
 
-    def _section(self, *keys: str) -> Any:
+    def _section(self, executor: object) -> Section:
+        """Where the options stand of what runs the calls: of a pool's workers, below those of the pool."""
         from fractal_runner.cli.diagnosis import Section
         from fractal_runner.executors import factories
+        from fractal_runner.executors.probing import cluster_of
 
+        cluster, keys = cluster_of(executor), [self._config.executor]
+        if cluster is not None and cluster is not executor:
+            keys += ["pool", factories.name_of(type(cluster))]
         names, _ = factories.parameters_of(factories.factory_of(keys[-1]))
-        return Section(keys, frozenset(names))
+        return Section(tuple(keys), frozenset(names))
 
     def _say(self, finding: Finding, more: Iterable[str] = ()) -> None:
         from fractal_runner.cli.wording import printable
 
         self._counts[finding.kind] += 1
-        typer.echo(f"{finding.kind.value:<{len(_INDENT)}}{printable(finding.text)}")
-        for line in more:
+        first, *lines = finding.text.splitlines()
+        typer.echo(f"{finding.kind.value:<{len(_INDENT)}}{printable(first)}")
+        for line in (*lines, *more):
             typer.echo(f"{_INDENT}{printable(line)}")
         if finding.write:
             typer.echo(f"{_INDENT}In the configuration, write:")

@@ -134,7 +134,7 @@ def cluster_of(executor: object) -> BatchExecutor | None:
     """The executor whose jobs a batch system runs: this one itself, or that of its workers; None if none."""
     if isinstance(executor, BatchExecutor):
         return executor
-    found = getattr(executor, "cluster", None)
+    found = getattr(executor, "jobs_of_workers", None)
     return found if isinstance(found, BatchExecutor) else None
 
 

@@ -21,6 +21,8 @@ from fractal_runner.quantities import parse_count
 if TYPE_CHECKING:
     from distributed.security import Security
 
+    from fractal_runner.executors.batch.base import BatchExecutor
+
 _EXTRA = frozenset({"retries"})
 _OTHERS = ("join", "address", "scheduler_file", "cluster")  # arguments that name what is no pool of its own
 
@@ -124,6 +126,13 @@ class DaskExecutor(Executor):
             self._engine = self._foreign(foreign, security, max_workers, name, context)
         wait_at_exit(self._engine)
         close_when_gone(self, self._engine)
+
+    @property
+    def jobs_of_workers(self) -> BatchExecutor | None:
+        """The executor whose jobs the workers of its own pool are; None if there are none, or not yet."""
+        from fractal_runner.executors.adapters.daskpool.engine import PoolEngine
+
+        return self._engine.cluster if isinstance(self._engine, PoolEngine) else None
 
     @classmethod
     def unusable(cls, options: Mapping[str, Any]) -> str | None:

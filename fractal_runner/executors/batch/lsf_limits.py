@@ -64,7 +64,7 @@ def ask_limits(
         queues=tuple(queues),
         names_default=any(queue.is_default for queue in queues),
         memory=MemoryUnits(used, by, stated is not None or in_file is not None, site, site_by),
-        facts=() if dialect is None else (f"{dialect.value}'s family",),
+        facts=() if dialect is None else (f"it is of the family of {dialect.value}",),
         unknown=tuple(asking.unknown),
     )
 

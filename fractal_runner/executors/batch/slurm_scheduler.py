@@ -161,9 +161,7 @@ class SlurmScheduler(Scheduler):
 
     def _make(self, request: ArrayRequest) -> Submitter:
         options = OPTIONS.merge(self._defaults, request.extra)
-        return prepare(
-            request, options, commands=self._commands, python=self._python, requeue=self._requeue
-        )
+        return prepare(request, options, commands=self._commands, python=self._python, requeue=self._requeue)
 
     def find(self, request: ArrayRequest) -> Sequence[Sequence[str]]:
         fields = f"--Format={words.SQUEUE_FIELDS}"
@@ -229,6 +227,10 @@ class SlurmScheduler(Scheduler):
             if self._max_array is None and found.max_array is not None:
                 self._max_array = found.max_array.value  # so it is not asked for once more
         return found
+
+    def reasons(self, jobs: Mapping[str, str]) -> Mapping[str, str]:
+        said = {job: status.reason or "" for job, status in self.states(jobs).items()}
+        return {job: words.NEVER_STARTS[why] for job, why in said.items() if why in words.NEVER_STARTS}
 
     def _ids(self, array: str, count: int) -> list[str]:
         self._counts[array] = count

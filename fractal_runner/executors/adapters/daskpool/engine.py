@@ -13,7 +13,7 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fractal_runner.errors import ExecutorError
 from fractal_runner.executors.adapters.daskpool.contexts import Contexts, forget_given
@@ -27,6 +27,9 @@ from fractal_runner.executors.calls import Call
 from fractal_runner.executors.local import child
 from fractal_runner.executors.local.reports import dump_call
 from fractal_runner.quantities import format_size
+
+if TYPE_CHECKING:
+    from fractal_runner.executors.batch.base import BatchExecutor
 
 _LOOK_S = 0.5
 _logger = logging.getLogger("fractal_runner")
@@ -63,6 +66,7 @@ class PoolEngine:
         self._thread: LoopThread
         self._deliverer: Deliverer
         self._closing = False
+        self._pool: Pool | None = None  # set by the loop's thread, once
         self._contexts = Contexts()
 
     def put(self, call: Call, retries: int) -> None:
@@ -90,6 +94,12 @@ class PoolEngine:
         if self._terms is not None:
             return [self._terms.shape]
         return [] if self._joined is None else [self._joined.shape]
+
+    @property
+    def cluster(self) -> BatchExecutor | None:
+        """The executor whose jobs the workers of its own pool are, once there is such a pool."""
+        pool = self._pool
+        return None if pool is None else pool.cluster
 
     def close(self, wait: bool) -> bool:
         if os.getpid() != self._pid:
@@ -122,7 +132,6 @@ class PoolEngine:
 
     async def _open(self, crew: Crew) -> None:
         """Make the pool, or find it. Calls wait for that in the crew; what goes wrong is their end."""
-        self._pool: Pool | None = None
         self._temporary: str | None = None
         try:
             if self._joined is not None:

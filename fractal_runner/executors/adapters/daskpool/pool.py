@@ -59,6 +59,11 @@ class Pool:
         self._scheduler: Any = None
 
     @property
+    def cluster(self) -> BatchExecutor | None:
+        """The executor whose jobs its workers are; None if they are processes of this machine."""
+        return self._executor
+
+    @property
     def address(self) -> str:
         """The scheduler's."""
         return str(self._scheduler.address)
