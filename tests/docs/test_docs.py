@@ -6,10 +6,13 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from fractal_runner.executors.adapters.daskpool.options import PoolOptions
+from fractal_runner.executors.adapters.daskpool.warm import stop_pool
 from tests.clusters.lsf.fixtures import openlava_cluster  # noqa: F401
 from tests.clusters.slurm.fixtures import slurm_cluster  # noqa: F401
 from tests.docs import set_ups
@@ -49,7 +52,18 @@ def test_the_python_on_the_page_runs_and_prints_what_the_page_says(
             assert printed == following[2]
 
 
+@pytest.fixture
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A state directory of the page's own; a pool that one of its commands was to end is ended."""
+    folder = tmp_path / "state"
+    monkeypatch.setenv("XDG_STATE_HOME", str(folder))
+    yield folder
+    for record in (folder / "fractal-runner" / "pools").glob("*.json"):
+        stop_pool(record.stem, folder / "fractal-runner")
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.usefixtures("state")
 def test_the_commands_on_the_page_run(page: Path, tmp_path: Path) -> None:
     program = str(Path(sys.executable).parent / "fractal-runner")
     for kind, title, text in blocks(page):
@@ -83,6 +97,14 @@ def test_the_executor_on_its_page_is_short_and_keeps_the_contract(tmp_path: Path
     assert re.search(r"\b[4-9]\d passed", printed), printed
     code = [line for line in files["thread_per_call.py"].splitlines() if line.strip()]
     assert len(code) <= 32
+
+
+def test_the_terms_of_a_pool_are_on_the_page_of_the_engines_all_of_them() -> None:
+    page = (TOP / "docs" / "engines.md").read_text()
+    rows = page.partition("| term | meaning |")[2].partition("\n\n")[0].splitlines()[2:]
+    told = {name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+
+    assert told == set(PoolOptions.__annotations__)
 
 
 def test_every_page_that_is_linked_exists() -> None:
