@@ -79,6 +79,8 @@ class DryRun:
             yield row(f"slots{where}", f"{how_many}, {found.slots} at a time")
             yield row(f"each unit{where}", _needs(found.cpus, found.memory, found.gpus))
             return
+        if found.calls < (count or 0):
+            yield row(f"at first{where}", f"{_count(found.calls, 'unit')}; the others as these end")
         if found.workers_of:
             most = _count(found.slots, "worker")
             yield row(f"packing{where}", f"the pool's: each of up to {most} takes one unit at a time")
@@ -93,8 +95,12 @@ class DryRun:
         found: list[Preview | None] = []
         try:
             self._judge(name)
+        except ValueError as error:  # there is none of this name
+            self._blame([str(error)])
+            return False, None
+        try:
             for retry in range(wanted.variants):  # further attempts may ask for what is not there
-                at_once = min(count, PACKING_WINDOW) if retry == 0 else 1
+                at_once = min(count, PACKING_WINDOW) if retry == 0 else 1  # as many as a run submits ahead
                 found.append(self._executors.preview(max(at_once, 1), wanted.executor, **wanted.asked(retry)))
         except InputFileError as error:
             self._blame(error.problems)
