@@ -20,7 +20,7 @@ COORDINATOR, WORKER, SERVER, UNIT = "coordinator", "workers", "servers", "units"
 ROLES = (COORDINATOR, WORKER, SERVER, UNIT)
 
 _PROC = Path("/proc")
-_SERVER_WORD = os.fsencode(Path(fractal_runner.__file__).resolve().parent / "worker" / "forkserver.py")
+_SERVER_WORD = os.fsencode(Path(fractal_runner.__file__).resolve().parent / "worker" / "forkboot.py")
 _UNIT_WORD = b"--args-json"  # in the command of every unit that is started cold
 _DIRECTORY_WORD = b"--directory="
 

@@ -94,7 +94,6 @@ def prepare(folder: Path, run_directory: Path, wells: int) -> Prepared:
         dataset,
         run_directory,
         executor=("thread", {"max_workers": WORKERS}),
-        warm_start=COLD,  # so that nothing of it is still there when the measuring begins
         last_task_index=FIRST - 1,
     )
     (folder / "dataset.json").write_text(after.model_dump_json())

@@ -31,7 +31,7 @@ from benchmarks._warm_runs import COLD, WARM, WORKERS, Prepared, WarmStartError,
 
 WELLS = 96
 EXECUTORS = ("process", "thread")
-PLATE_ROUNDS = 2
+PLATE_ROUNDS = 1
 MEMORY_WELLS = 24
 SCRIPT_ROUNDS = {10: 15, 100: 9, 1_000: 3}  # by the number of units
 LEAK_UNITS = 10_000

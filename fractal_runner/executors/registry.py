@@ -289,6 +289,12 @@ class Executors:
         executor = self.get(name)
         return isinstance(executor, ThreadPoolExecutor) or getattr(executor, "in_process", False) is True
 
+    def keeps_workers(self, name: str | None = None) -> bool:
+        """Whether calls surely come to the same few threads or processes of this machine."""
+        executor = self.get(name)
+        kept = isinstance(executor, ProcessPoolExecutor) or getattr(executor, "keeps_workers", False) is True
+        return kept or self.shares_process(name)
+
     def packs(self, name: str | None = None) -> bool:
         """Whether the executor puts calls together, the more of them the better."""
         return getattr(self.get(name), "packs", False) is True

@@ -66,6 +66,7 @@ _MOST_REQUEST = 16 << 20
 _MOST_PRINTED = 64 << 10
 _MOST_CONNECTIONS = 1000
 _MOST_REFUSED = 10_000
+_MOST_PASSED = 100
 _SLOW_LOOK_S = 1.0
 _QUICK_LOOK_S = 0.005
 _IMPORTS = (_ast.Import, _ast.ImportFrom)
@@ -686,7 +687,7 @@ class _Unit:
         self.refused = server.refused
         self.code: int | None = None  # how it ends, once that is known
         self.frozen_files = server.frozen_files
-        self.known = set(sys.modules)
+        self.known = server.known
         self._before = self._ways()
 
     def failed(self, error: BaseException) -> None:
@@ -737,10 +738,10 @@ class _Unit:
         if not self.learning or os.getpid() != self.pid or self._ways() != self._before:
             return
         found = []
-        for name, module in list(sys.modules.items()):
-            if name in self.known or name in self.refused or name in ("__main__", "__mp_main__"):
+        for name in self._new_modules():
+            if name in self.refused or name in ("__main__", "__mp_main__"):
                 continue
-            spec: Any = getattr(module, "__spec__", None)
+            spec: Any = getattr(sys.modules[name], "__spec__", None)
             if getattr(spec, "name", None) == name:
                 found.append(f"{name}\0{spec.origin or ''}")
         if not found:
@@ -782,13 +783,32 @@ class _Unit:
             for name in ("last_type", "last_value", "last_traceback", "last_exc"):
                 if hasattr(sys, name):
                     setattr(sys, name, None)
-            for name in [name for name in sys.modules if name not in self.known]:
+            for name in self._new_modules():
                 del sys.modules[name]
             del sys.modules["__main__"]
             gc.collect()
         finally:
             _flush(*_open_files(), *self.frozen_files, sys.__stdout__, sys.__stderr__)
             leave(self.code)
+
+    def _new_modules(self) -> list[str]:
+        """The names of modules that the server has not, in the order of their imports.
+
+        Found from the last one on, as long as there are any: to touch the name of each is to copy the pages
+        that thousands of them share with the server. What lies behind that many which are known, because a
+        task has taken a module out and put it back, is left where it is.
+        """
+        found: list[str] = []
+        passed = 0
+        for name in reversed(list(sys.modules) if type(sys.modules) is not dict else sys.modules):
+            if name not in self.known:
+                found.append(name)
+                passed = 0
+                continue
+            passed += 1
+            if passed == _MOST_PASSED:
+                break
+        return found[::-1]
 
     def _way_out(self) -> Callable[[int], object] | None:
         """How to end this process at once, with what C libraries do when it exits."""
@@ -877,6 +897,7 @@ class _Server:
         self.refused: set[str] = set()
         self.draws = _Draws()
         self.frozen_files: list[Any] = []
+        self.known: frozenset[str] = frozenset()
         self.socket = f"{self.directory}/socket"
         self._learned: list[str] = []
         self._wanted: dict[str, str] = {}
@@ -907,8 +928,10 @@ class _Server:
 
     def _settle(self) -> None:
         """What there is now is to be shared by all units for good."""
+        sys.path_importer_cache.clear()  # a unit makes what it needs of it, and knows what it finds then
         gc.collect()
         self.frozen_files = _open_files()
+        self.known = frozenset(sys.modules)
         gc.freeze()
 
     def listen(self) -> None:
@@ -1118,11 +1141,6 @@ class _Server:
         sys.argv = [*(["-m"] if self.program.kind == "module" else [self.program.name]), *arguments]
         if hasattr(sys, "orig_argv"):
             sys.orig_argv = [*self.orig_argv, *arguments]
-        for path, finder in list(sys.path_importer_cache.items()):
-            if finder is None:
-                del sys.path_importer_cache[path]
-            elif hasattr(finder, "invalidate_caches"):
-                finder.invalidate_caches()
         _renew()
         self.draws.renew()
         printed = self.program.printed

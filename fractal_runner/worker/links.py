@@ -36,6 +36,7 @@ class Link:
         crashes: how many have crashed before it.
         changes: how many have ended before it because one of their files had changed.
         cold: why it must be started cold; "" if it need not.
+        stage: whose units they are; the link is forgotten when these have ended.
     """
 
     socket: str = ""
@@ -44,6 +45,7 @@ class Link:
     crashes: int = 0
     changes: int = 0
     cold: str = ""
+    stage: str = ""
 
     def lives(self) -> bool:
         """Whether its server's process has not ended."""

@@ -23,7 +23,7 @@ from fractal_runner.worker.targets import Target
 VARYING = (processes.MARK_VARIABLE,)
 MARK_ROOM = 256  # characters of a varying variable that /proc/PID/environ can show
 
-_FORKSERVER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "forkserver.py")
+_FORKSERVER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "forkboot.py")
 # They make an interpreter say or do more at its start or end than a fork repeats.
 _TELLING = (b"PYTHONINSPECT", b"PYTHONPROFILEIMPORTTIME", b"PYTHONVERBOSE", b"PYTHONDUMPREFS")
 # By a named pipe (make 4.4 and newer) anybody can have it.

@@ -45,10 +45,28 @@ def _values_of(kind: Any) -> Callable[[object], tuple[Any, ...]]:
 
 
 @dataclass(frozen=True, slots=True)
+class Ahead(_Travelling):
+    """A stage that comes next, whose server may import while that of this one does.
+
+    Attributes:
+        command: its command's words.
+        stage: its name, as `WarmStart` has it.
+        timeout_s: seconds that its imports may take.
+        log: as `WarmStart` has it.
+    """
+
+    command: tuple[str, ...]
+    stage: str
+    timeout_s: float
+    log: str
+
+
+@dataclass(frozen=True, slots=True)
 class WarmStart(_Travelling):
     """How a unit's command may be started warm.
 
     Attributes:
+        stage: what the units are of that end together; its servers end then.
         station: the coordinator's, for units that run on its host (`worker.station`).
         ticks: when the coordinator's process started, in clock ticks since boot; 0 if that is not known.
         timeout_s: seconds that the imports of a server may take.
@@ -56,14 +74,17 @@ class WarmStart(_Travelling):
         even_single: whether a single unit is started so as well, which shares its imports with nobody.
         log: what the files are called in which servers say what happens to them, but for the host and the
             pid of who starts one.
+        ahead: the stage that comes next, if its server may be started beforehand.
     """
 
+    stage: str
     station: str
     ticks: int
     timeout_s: float
     most: int
     even_single: bool
     log: str
+    ahead: Ahead | None = None
 
 
 @dataclass(frozen=True, slots=True)

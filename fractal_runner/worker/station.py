@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING
 
 from fractal_runner.worker import processes
 from fractal_runner.worker.spawn import Environment
-from fractal_runner.worker.spec import PATH_BYTES, WarmStart
+from fractal_runner.worker.spec import PATH_BYTES, Ahead, WarmStart
 
 if TYPE_CHECKING:
+    from fractal_runner.worker.ahead import ServerAhead
     from fractal_runner.worker.links import Link, Links
     from fractal_runner.worker.server import Server
     from fractal_runner.worker.targets import Target
@@ -195,15 +196,23 @@ class Station:
                 gone, why = link.socket, str(error)
         return None, why
 
-    def end_servers(self) -> None:
-        """End all servers, whose units have ended. The station stays, and starts others if need be."""
+    def end_servers(self, keep: str = "") -> None:
+        """End the servers, whose units have ended. The station stays, and starts others if need be.
+
+        Args:
+            keep: the stage that comes next, whose server may have been started beforehand.
+        """
+        if not os.path.lexists(self.directory):
+            return  # as with most: no unit has been started warm
         from fractal_runner.worker import warm  # only those who need it pay for it
+        from fractal_runner.worker.ahead import end_those_of
         from fractal_runner.worker.links import remove
 
         links = self._links()
         if not links.is_ours():
             return  # what others may write there names processes that are none of its servers
-        found = list(links.all())
+        end_those_of(self.directory, keep)
+        found = [(name, link) for name, link in links.all() if not keep or link.stage != keep]
         for _, link in found:
             with contextlib.suppress(warm.ColdStart):  # it has ended by itself, or does not listen
                 if link.lives():
@@ -222,7 +231,7 @@ class Station:
     def remove(self) -> None:
         """End all servers, and remove the station."""
         if not os.path.lexists(self.directory):
-            return  # as with most: no unit has been started warm
+            return
         from fractal_runner.worker.links import remove
 
         if self._links().is_ours():
@@ -260,15 +269,15 @@ class Station:
             link = links.read(kind.name)
             if link is not None and link.is_news(kind.gone):
                 return link  # somebody else was faster
-            before = Link() if link is None else link
+            before = Link(stage=unit.terms.stage) if link is None else link
             before = replace(before, crashes=before.crashes + self._has_crashed(before))
             if kind.has_changed:
                 before = replace(before, changes=before.changes + 1)
             cold = None
             if before.crashes > _MOST_CRASHES:
-                cold = Link(cold=f"Its fork server has crashed {before.crashes} times.")
+                cold = replace(before, socket="", cold=f"Its fork server has crashed {before.crashes} times.")
             elif before.changes > _MOST_CHANGES:
-                cold = Link(cold=f"Its files keep changing ({before.changes} times).")
+                cold = replace(before, socket="", cold=f"Its files keep changing ({before.changes} times).")
             elif link is not None and link.lives() and os.path.exists(link.socket):
                 # Kept in mind with who it is: it is to end with the others.
                 cold = replace(link, cold="Its fork server does not answer.")
@@ -287,42 +296,77 @@ class Station:
             before: what there was.
             give_up: asked while it imports.
         """
-        from fractal_runner.worker.links import Link
-        from fractal_runner.worker.server import Server  # only the one who starts it pays for it
         from fractal_runner.worker.warm import ColdStart
 
         links = self._links()
-
-        environment = {**unit.environment.variables, unit.environment.varying: unit.value}
-        log = f"{unit.terms.log}-{processes.host_name()}-{os.getpid()}.log"
-        os.makedirs(os.path.dirname(log), exist_ok=True)
+        cold = replace(before, socket="")
         try:
-            server = Server.start(
-                kind.target,
-                words=unit.words,
-                directory=self.directory,
-                environment=environment,
-                log=log,
-                cwd=unit.cwd,
-                owner=self._owner,
-                varying=(os.fsdecode(unit.environment.varying),),
-                import_timeout_s=unit.terms.timeout_s,
-                idle_s=self._idle_s,
-            )
+            server = self._begin(kind.target, unit.words, unit, unit.terms)
         except ColdStart as error:
-            link = Link(cold=str(error))
+            link = replace(cold, cold=str(error))
             links.write(kind.name, link)
             return link
+        ahead = None
         try:
+            ahead = self._begin_ahead(kind, unit)
             why = _ready(server, give_up)
-            link = Link(cold=why or "")
+            link = replace(cold, cold=why or "")
             if why is None:
                 link = replace(before, socket=server.socket, pid=server.pid, ticks=server.ticks)
             links.write(kind.name, link)
         except BaseException:  # whatever it is, no server is left that nobody knows of
             server.stop(0)
+            if ahead is not None:
+                ahead.end()
             raise
+        if ahead is not None:
+            ahead.begin()
         return link
+
+    def _begin(self, target: Target, words: Sequence[str], unit: Wanted, terms: WarmStart | Ahead) -> Server:
+        """A server that has just been started, for units like this one.
+
+        Raises:
+            ColdStart: if there can be none.
+            OSError: if its files cannot be made.
+        """
+        from fractal_runner.worker.server import Server  # only the one who starts it pays for it
+
+        log = f"{terms.log}-{processes.host_name()}-{os.getpid()}.log"
+        os.makedirs(os.path.dirname(log), exist_ok=True)
+        return Server.start(
+            target,
+            words=words,
+            directory=self.directory,
+            environment={**unit.environment.variables, unit.environment.varying: unit.value},
+            log=log,
+            cwd=unit.cwd,
+            owner=self._owner,
+            varying=(os.fsdecode(unit.environment.varying),),
+            import_timeout_s=terms.timeout_s,
+            idle_s=self._idle_s,
+        )
+
+    def _begin_ahead(self, kind: _Kind, unit: Wanted) -> ServerAhead | None:
+        """The server of the next stage, if there is to be one and it can be had; it is not waited for."""
+        from fractal_runner.worker.targets import recognise
+        from fractal_runner.worker.warm import ColdStart
+
+        ahead, links = unit.terms.ahead, self._links()
+        target = None if ahead is None else recognise(ahead.command)
+        if ahead is None or target is None:
+            return None
+        name = _name_of(ahead.command, unit)
+        living = [link for _, link in links.all() if link.lives()]
+        if name == kind.name or links.read(name) is not None or len(living) + 2 > unit.terms.most:
+            return None
+        from fractal_runner.worker.ahead import ServerAhead
+
+        try:
+            server = self._begin(target, ahead.command, unit, ahead)
+        except (OSError, ColdStart):
+            return None  # its own units will say why
+        return ServerAhead(server, links, name, ahead.stage, ahead.timeout_s)
 
     def _has_crashed(self, link: Link) -> bool:
         """Whether the server has ended otherwise than of its own accord; what it has left is removed."""

@@ -201,6 +201,7 @@ class Run:
     def _execute(self, stages: list[list[Stage]]) -> Dataset:
         images = ImageList(self._dataset.images)
         types = self._wanted.type_filters
+        self._warm.follow(stage for task in stages for stage in task)
         first = 0
         recovery: Recovery | None = None
         if (progress := self._opened.progress) is not None:

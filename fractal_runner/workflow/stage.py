@@ -85,6 +85,7 @@ class StageRun:
                 len(urls),
                 conditions.remote,
                 is_local=conditions.executors.is_local(self._executor_name),
+                keeps_workers=conditions.executors.keeps_workers(self._executor_name),
             ),
         )
         self._explain = Explain(self._place)
@@ -140,7 +141,7 @@ class StageRun:
             raise
         finally:
             self._dispatch = None
-            self._run.warm.end_servers()
+            self._run.warm.end_servers(self._stage)
         if self._problem is not None:
             raise JobExecutionError(f"The run cannot go on: {self._problem}") from self._problem
         return self.outcome

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable
 from typing import Literal
 
-from fractal_runner.worker.spec import COLD, UnitResult, WarmStart
+from fractal_runner.worker.spec import COLD, Ahead, UnitResult, WarmStart
 from fractal_runner.worker.station import Station
 from fractal_runner.worker.targets import recognise
 from fractal_runner.workflow.units import Stage, title
@@ -40,8 +40,15 @@ class WarmStarts:
         self._most = most
         self._logger = logger
         self._station = Station.of(os.getpid(), next(_numbers))
+        self._next: dict[Stage, Stage] = {}
 
-    def terms(self, stage: Stage, count: int, run_dir: str, *, is_local: bool) -> WarmStart | None:
+    def follow(self, stages: Iterable[Stage]) -> None:
+        """Learn in which order the run's stages come."""
+        self._next = dict(itertools.pairwise(stages))
+
+    def terms(
+        self, stage: Stage, count: int, run_dir: str, *, is_local: bool, keeps_workers: bool
+    ) -> WarmStart | None:
         """How this many units of a stage may be started warm; None for a cold start.
 
         Args:
@@ -49,6 +56,7 @@ class WarmStarts:
             count: how many units it has.
             run_dir: the run's directory, as the workers see it.
             is_local: whether they surely find the same program here.
+            keeps_workers: whether the processes that start them stay for the next stage.
         """
         mode = self._mode_of(stage)
         if stage.command is None or mode == "never":
@@ -57,10 +65,15 @@ class WarmStarts:
             return None  # there is nobody to share the imports with
         if is_local and recognise(stage.command) is None:
             return None  # what need not be found out again by each worker
-        timeout_s = stage.resources.warm_start_timeout_s or self._timeout_s
-        log = f"{run_dir}/{SERVERS_DIR}/{stage.folder}-{stage.name}"
         return WarmStart(
-            self._station.directory, self._station.ticks, timeout_s, self._most, mode == "always", log
+            stage=_name_of(stage),
+            station=self._station.directory,
+            ticks=self._station.ticks,
+            timeout_s=self._timeout_of(stage),
+            most=self._most,
+            even_single=mode == "always",
+            log=_log_of(stage, run_dir),
+            ahead=self._ahead(stage, run_dir) if is_local and keeps_workers else None,
         )
 
     def note(self, stage: Stage, results: Iterable[UnitResult], told: set[str]) -> None:
@@ -81,15 +94,40 @@ class WarmStarts:
                 level = logging.WARNING if is_wanted else logging.INFO
                 self._logger.log(level, "%s starts cold: %s", title(stage.task), why)
 
-    def end_servers(self) -> None:
+    def end_servers(self, stage: Stage) -> None:
         """The units of a stage have ended."""
-        self._station.end_servers()
+        following = self._next.get(stage)
+        self._station.end_servers(keep="" if following is None else _name_of(following))
 
     def close(self) -> None:
         """The run has ended."""
         self._station.remove()
 
+    def _ahead(self, stage: Stage, run_dir: str) -> Ahead | None:
+        """The next stage, if its units will probably want a server, in the same environment as these."""
+        following = self._next.get(stage)
+        if following is None or following.command is None or not following.parallel:
+            return None
+        ours, theirs = stage.resources, following.resources
+        is_alike = (ours.executor, ours.cpus) == (theirs.executor, theirs.cpus)
+        if not is_alike or self._mode_of(following) == "never":
+            return None
+        return Ahead(
+            following.command, _name_of(following), self._timeout_of(following), _log_of(following, run_dir)
+        )
+
+    def _timeout_of(self, stage: Stage) -> float:
+        return stage.resources.warm_start_timeout_s or self._timeout_s
+
     def _mode_of(self, stage: Stage) -> WarmMode:
         """What the caller and the task want together: "never" is for safety, and holds whoever says it."""
         wishes = (self._mode, stage.resources.warm_start)
         return next((mode for mode in ("never", "always") if mode in wishes), "auto")
+
+
+def _name_of(stage: Stage) -> str:
+    return f"{stage.folder}-{stage.name}"
+
+
+def _log_of(stage: Stage, run_dir: str) -> str:
+    return f"{run_dir}/{SERVERS_DIR}/{_name_of(stage)}"

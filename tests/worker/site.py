@@ -78,6 +78,7 @@ class Site:
         patch.setenv("PYTHONPATH", str(TOP))  # as its workers have it: they share their environment
         self.station = Station.of(os.getpid())
         self.terms = WarmStart(
+            stage="0_t-par",
             station=self.station.directory,
             ticks=self.station.ticks,
             timeout_s=30.0,
@@ -211,6 +212,7 @@ class Worker:
         self._file.write_bytes(pickle.dumps(specs))
         self.process = subprocess.Popen(
             [sys.executable, "-c", _WORKER, str(self._file)],
+            env=dict(os.environ),  # not what C libraries have added to it, as readline does
         )
 
     def results(self) -> list[UnitResult]:

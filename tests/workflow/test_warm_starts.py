@@ -280,3 +280,28 @@ def test_the_command_line_says_so(tmp_path: Path) -> None:
     assert "done, started warm, attempt 1: " in cli("logs", "warm").stdout
     assert wrong.returncode == 2
     assert "did you mean 'always'?" in re.sub(r"[\s│]+", " ", wrong.stderr)
+
+
+@pytest.mark.parametrize(("executor", "is_ahead"), [("thread", True), ("process", True), ("spawn", False)])
+async def test_the_next_tasks_server_imports_beside_the_first_ones(
+    *, run: Any, parallel: Any, script: Any, images: Any, tmp_path: Path, executor: str, is_ahead: bool
+) -> None:
+    """Seen by the file that the second script's imports leave: it is there before its own units are."""
+    imported = tmp_path / "imported"
+    look = (
+        "import os, time\n"
+        f"until = time.monotonic() + {20 if is_ahead else 0.5}\n"
+        f"while not os.path.exists({str(imported)!r}) and time.monotonic() < until: time.sleep(0.01)\n"
+        f"print(os.path.exists({str(imported)!r}))\n"
+        "write({'image_list_updates': []})\n"
+    )
+    (tmp_path / "told_by_import.py").write_text(f"open({str(imported)!r}, 'a').write('x')\n")
+    second = tmp_path / "second.py"
+    second.write_text("import told_by_import\n")
+    tasks = [parallel(script(look), name="looks"), parallel(f"{sys.executable} {second}", name="imports")]
+    await run(*tasks, dataset=images(3), executor=executor)
+
+    logs = [log.read_text() for log in (tmp_path / "run").rglob("0_*/*-log.txt")]
+    assert logs == [f"{is_ahead}\n"] * 3
+    assert starts(tmp_path / "run") == ["warm"] * 6
+    assert imported.read_text() == "x"

@@ -219,6 +219,7 @@ class ProcessExecutor(LocalExecutor):
 
     isolates = True
     kills = True
+    keeps_workers = True
 
     @staticmethod
     def _maker(surroundings: Surroundings) -> Callable[[Dispatcher], Worker]:
