@@ -128,10 +128,10 @@ def stop(name: Name) -> None:
         was_dead = record.life == "dead"
         warm.stop_pool(name)
     if was_dead:
-        typer.echo(f"The {record.says} was dead already: its record is removed.")
+        typer.echo(f"The {record.says} was dead already: its record is removed, and its workers here ended.")
     else:
         typer.echo(f"The {record.says} has ended, with its workers.")
-    left = _left_of(record)
+    left = _left_of(record, was_dead)
     for sentence in left:
         typer.echo(f"left: {sentence}", err=True)
     if left:
@@ -210,13 +210,13 @@ def _await_gone(name: str) -> None:
         typer.echo(f"left: a process still has {files.lock}; its log is {files.log}", err=True)
 
 
-def _left_of(record: PoolRecord) -> list[str]:
+def _left_of(record: PoolRecord, was_dead: bool) -> list[str]:
     """What is left of a pool that has ended; a sentence each."""
     folder = Path(record.tls.cert).parent
     left = []
     if folder.exists():
         left.append(f"its folder {folder}: remove it")
-    if record.life == "dead" and folder.exists() and record.workers != "local":
+    if was_dead and record.workers != "local":
         left.append(
             f"perhaps jobs of {record.workers} that were its workers: they end by themselves once they find "
             "no scheduler; the queue tells"

@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -22,14 +23,16 @@ from typing import Any, Literal
 
 from fractal_runner.errors import ExecutorError, did_you_mean
 from fractal_runner.executors.adapters.daskpool.pool import require_dask
-from fractal_runner.executors.adapters.daskpool.terms import JOIN_HANDLER, LOCAL, PoolTerms, Shape
+from fractal_runner.executors.adapters.daskpool.terms import JOIN_HANDLER, LOCAL, MARK, PoolTerms, Shape
 from fractal_runner.executors.adapters.daskpool.tls import TlsFiles
 from fractal_runner.executors.batch.files import check_ours, make_folder
+from fractal_runner.worker import processes
 from fractal_runner.worker.processes import Identity, host_name, is_same_process
 
 START_S = 120.0  # within which a pool has to be there
 STOP_S = 180.0  # within which it has to be gone: the jobs of its workers are waited for
 _ANSWER_S = 15.0
+_TERM_S = 1.0  # between the signals TERM and KILL, of workers that nobody has any more
 _LOOK_S = 0.05
 _LOG_TAIL_BYTES = 4000
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", re.ASCII)
@@ -288,7 +291,8 @@ def stop_pool(
 ) -> PoolRecord:
     """End a pool, with its workers and what runs there; return once nothing is left.
 
-    A dead pool's record is removed.
+    Of a dead pool, what is left on this machine is ended, and its record removed. Workers on other machines
+    end by themselves, once they find that nobody answers them.
 
     Raises:
         ExecutorError: if there is none, or it does not end in time.
@@ -307,10 +311,32 @@ def stop_pool(
                     f"{_tail(Path(record.log))}"
                 )
             time.sleep(_LOOK_S)  # another process's end tells nobody
+    if _is_dead(record):
+        _clear_up(record)
+        if record.workers == LOCAL:
+            shutil.rmtree(files.own, ignore_errors=True)
     with suppress(FileNotFoundError):
         if files.read() == record:
             files.record.unlink()
     return record
+
+
+def _clear_up(record: PoolRecord) -> None:
+    """End the workers that a dead pool has left here, and remove its folder, unless others may use it.
+
+    Raises:
+        ExecutorError: if they do not end.
+    """
+    folder = Path(record.tls.cert).parent
+    mark = f"{MARK}={folder.name}-".encode()
+    own = os.getpid()
+    left = processes.end_found(
+        lambda: [pid for pid in processes.table() if pid != own and processes.entry_of(pid, mark)], _TERM_S
+    )
+    if left:
+        raise ExecutorError(f"The {record.says} is dead, and its workers cannot be ended: processes {left}")
+    if record.workers == LOCAL:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _is_dead(record: PoolRecord) -> bool:
