@@ -6,6 +6,7 @@ what is called and an argument for each call, and returns their results in order
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import shutil
@@ -63,7 +64,11 @@ def _dask_client() -> Iterator[Any]:
 
     with (
         LocalCluster(
-            n_workers=SLOTS, threads_per_worker=1, processes=True, dashboard_address=None
+            n_workers=SLOTS,
+            threads_per_worker=1,
+            processes=True,
+            dashboard_address=None,
+            silence_logs=logging.CRITICAL,  # its workers complain of being closed
         ) as cluster,
         Client(cluster) as client,
     ):
@@ -106,6 +111,7 @@ def ray_remote() -> Iterator[DoCalls]:
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # of this process and what it starts
     import ray
 
+    logging.getLogger("ray").setLevel(logging.ERROR)
     folder = tempfile.mkdtemp(prefix="fr-bench-", dir="/tmp")  # its sockets' paths have to be short
     ray.init(
         num_cpus=SLOTS,
