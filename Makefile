@@ -1,6 +1,7 @@
 # make demo   run a real workflow on real images      make test   set up and run all checks and tests
 # make docs   build the documentation into site/      make bench  run the benchmarks
-# make chaos  kill runs, a hundred of them, again and again; compare warm and cold units on clusters
+# make chaos  kill runs, a hundred of them, again and again; compare warm and cold units on clusters; hold Dask
+#             to its contract with a pool for each test
 # make clean  remove what these have made
 
 .DELETE_ON_ERROR:
@@ -36,6 +37,8 @@ chaos: .venv/.dev compiled
 		.venv/bin/python -m pytest -n 2 --dist worksteal tests/history/test_kills.py
 	FRACTAL_RUNNER_PAIRS_ALONE=1 .venv/bin/python -m pytest -n 2 --dist worksteal tests/worker/test_warm_and_cold.py
 	FRACTAL_RUNNER_PAIRS_OVER="slurm lsf ibm" .venv/bin/python -m pytest -n 2 --dist worksteal tests/warm
+	FRACTAL_RUNNER_OWN_POOLS=1 .venv/bin/python -m pytest -n 2 --dist worksteal \
+		tests/executors/adapters/test_dask_conformance.py
 
 # An installed package is compiled. This one is where it is edited, and each of its processes would do it.
 compiled: .venv/bin/python

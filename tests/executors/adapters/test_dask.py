@@ -16,10 +16,12 @@ from typing import Any
 import psutil
 import pytest
 
+from fractal_runner import CallInfo, current_call
 from fractal_runner.errors import JobExecutionError
 from fractal_runner.executors.adapters.dask import DaskExecutor
 from fractal_runner.executors.adapters.daskpool.tls import TlsFiles
 from fractal_runner.testing import PATIENCE_S, Gate, is_alive, wait_until
+from tests.executors.adapters.knowing import assert_calls_know_what_they_are
 
 
 @pytest.fixture
@@ -199,6 +201,31 @@ def test_a_worker_that_does_not_end_its_call_is_ended_itself(
     assert executor.submit(pow, 2, 3).result(PATIENCE_S) == 8
 
 
+# What calls know of themselves
+
+
+def test_calls_know_what_they_are(make: Callable[..., DaskExecutor]) -> None:
+    assert_calls_know_what_they_are(make(1))
+
+
+def test_a_call_that_runs_again_knows_which_start_of_it_that_is(
+    make: Callable[..., DaskExecutor], tmp_path: Path
+) -> None:
+    executor = make(1, retries=2)
+    tries = tmp_path / "tries"
+
+    def die_twice() -> CallInfo:
+        with tries.open("a") as file:
+            file.write(str(current_call().attempt))
+        if len(tries.read_text()) < 3:
+            os._exit(1)
+        return current_call()
+
+    assert executor.options(key="run/7").submit(die_twice).result(PATIENCE_S).attempt == 3
+    assert tries.read_text() == "123"
+    assert executor.submit(current_call).result(PATIENCE_S).attempt == 1
+
+
 # How many workers there are
 
 
@@ -333,34 +360,3 @@ def test_an_option_of_a_cluster_that_is_the_pools_to_say_is_refused(tmp_path: Pa
         DaskExecutor(
             2, folder=tmp_path, pool={"workers": "slurm", "host": "a", "slurm": {"cpus_per_task": 2}}
         )
-
-
-def test_without_dask_it_is_said_how_to_install_it() -> None:
-    program = """
-import sys
-sys.modules["distributed"] = None
-from fractal_runner.executors.adapters.dask import DaskExecutor
-try:
-    DaskExecutor(1)
-except Exception as error:
-    print(type(error).__name__, error)
-"""
-    said = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
-    )
-
-    assert said.stdout.startswith("ExecutorError DaskExecutor needs Dask")
-    assert "pip install 'fractal-runner[dask]'" in said.stdout
-
-
-def test_naming_the_class_loads_nothing_of_dask() -> None:
-    program = """
-import sys
-import fractal_runner.executors.adapters.dask
-print(sorted({"dask", "distributed", "tornado", "cryptography"} & set(sys.modules)))
-"""
-    said = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
-    )
-
-    assert said.stdout.strip() == "[]"

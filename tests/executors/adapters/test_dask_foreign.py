@@ -16,6 +16,7 @@ from distributed.utils import offload
 from fractal_runner.errors import ExecutorError
 from fractal_runner.executors.adapters.dask import DaskExecutor
 from fractal_runner.testing import PATIENCE_S, ExecutorConformance, Gate, wait_until
+from tests.executors.adapters.knowing import assert_calls_know_what_they_are
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -73,6 +74,10 @@ def test_where_there_is_no_scheduler_it_is_said(monkeypatch: pytest.MonkeyPatch)
 
     with pytest.raises(ExecutorError, match=r"There is no Dask scheduler at tcp://127\.0\.0\.1:9"):
         DaskExecutor(1, address="tcp://127.0.0.1:9")
+
+
+def test_calls_know_what_they_are(executor: DaskExecutor) -> None:
+    assert_calls_know_what_they_are(executor)
 
 
 def test_what_no_worker_declares_enough_of_is_refused_with_the_numbers(executor: DaskExecutor) -> None:

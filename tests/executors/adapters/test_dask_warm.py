@@ -21,40 +21,13 @@ from fractal_runner.executors.adapters.daskpool.warm import (
     start_pool,
     stop_pool,
 )
-from fractal_runner.testing import PATIENCE_S, ExecutorConformance, Gate, is_alive, wait_until
+from fractal_runner.testing import PATIENCE_S, Gate, is_alive, wait_until
+from tests.executors.adapters.knowing import assert_calls_know_what_they_are
 
 
 @pytest.fixture(scope="session", autouse=True)
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[PoolRecord, Path]]:
-    """One of two workers, for most of the tests. From before what looks for things that a module of tests
-    leaves behind: it stays."""
-    state = tmp_path_factory.mktemp("state")
-    record = start_pool("shared", {"max_workers": 2, "min_workers": 2, "idle_timeout": 600}, state=state)
-    yield record, state
-    stop_pool("shared", state)
-
-
-@pytest.fixture
-def pool(shared: tuple[PoolRecord, Path], monkeypatch: pytest.MonkeyPatch) -> PoolRecord:
-    """The shared one, where executors look for it."""
-    record, state = shared
-    monkeypatch.setenv("XDG_STATE_HOME", str(state))
-    (state / "fractal-runner").exists() or (state / "fractal-runner").symlink_to(state)
-    return record
-
-
-class TestJoinedDask(ExecutorConformance):
-    """What a client of a pool can do is what its owner can."""
-
-    executor_class = DaskExecutor
-    many = 20
-
-    @pytest.fixture(autouse=True)
-    def _pool(self, pool: PoolRecord) -> None:
-        """Where `join` finds it."""
-
-    def make_executor(self, max_workers: int, **options: Any) -> Any:
-        return DaskExecutor(max_workers, join="shared", **options)
+def kept(kept_pool: tuple[PoolRecord, Path]) -> None:
+    """From before what looks for things that a module of tests leaves behind: it stays."""
 
 
 @pytest.fixture
@@ -119,6 +92,11 @@ def test_the_process_of_those_who_have_left_is_nobody_elses(
 
 def _process_and_parent() -> tuple[int, int]:
     return os.getpid(), os.getppid()
+
+
+def test_calls_know_what_they_are(pool: PoolRecord) -> None:
+    with DaskExecutor(1, join="shared") as executor:
+        assert_calls_know_what_they_are(executor)
 
 
 def test_its_files_are_its_owners(start: Callable[..., PoolRecord], tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from fractal_runner.executors.adapters.rayengine.ends import error_of, is_of_the
 from fractal_runner.executors.adapters.rayengine.instance import _TOKEN, Node, possible_nodes, short_folder
 from fractal_runner.executors.calls import current_context
 from fractal_runner.testing import PATIENCE_S, Gate, is_alive, wait_until
+from tests.executors.adapters.knowing import assert_calls_know_what_they_are
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning"),
@@ -53,6 +54,10 @@ def gate(tmp_path: Path) -> Iterator[Gate]:
     gate = Gate(tmp_path / "gate")
     yield gate
     gate.open()
+
+
+def test_calls_know_what_they_are(executor: RayExecutor) -> None:
+    assert_calls_know_what_they_are(executor)
 
 
 # Resources
