@@ -326,7 +326,9 @@ def _any_of(annotations: typing.Iterable[Any]) -> Takes | None:
 
 def _annotated(arguments: tuple[Any, ...]) -> Takes | None:
     found = takes(arguments[0])
-    for extra in arguments[1:] if found is not None else ():
+    if found is None:
+        return None
+    for extra in arguments[1:]:
         if isinstance(extra, Keyed):
             return replace(found, values=None, section=extra.section)
         if callable(extra):
