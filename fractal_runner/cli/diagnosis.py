@@ -284,7 +284,7 @@ def _queue(setting: Setting, site: SiteLimits, section: Section) -> Iterator[Fin
         elif not queues[name].is_open:
             yield Finding(
                 Kind.PROBLEM,
-                f"the {word} {name} takes no jobs, it is {queues[name].state}; there are {others}",
+                f"the {word} {name} takes no jobs, it is {queues[name].state}: there are {others}",
             )
         else:
             yield _time(setting, queues[name], word, section)

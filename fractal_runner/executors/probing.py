@@ -114,7 +114,8 @@ def send(executors: Executors, directory: Path, *, timeout: float, resources: Ma
         try:
             started = _await(executors, future, timeout) - began
         except BaseException as error:  # a Ctrl-C as well: nothing of it is to be left
-            executors.discard(future)
+            if not future.cancel():
+                executors.discard(future)
             if isinstance(error, ProbeError):
                 error.is_ended = future.done()
             raise
