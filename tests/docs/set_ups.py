@@ -60,7 +60,8 @@ def _printed(command: list[str], files: dict[str, str]) -> str:
             check=True,
         )
         packages = f"{_INSTALLED}/lib/python3.12/site-packages"
-        said = answer.stdout.replace(str(TOP), packages).replace(sys.prefix, _INSTALLED)
+        # The environment first: it may lie in the project's directory.
+        said = answer.stdout.replace(sys.prefix, _INSTALLED).replace(str(TOP), packages)
         return said.replace(os.path.realpath(top), "").replace(top, "")
 
 
