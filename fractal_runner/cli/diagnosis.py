@@ -31,6 +31,10 @@ _TOO_LARGE = {
 }
 
 
+# What is to be written where the workers have to have this Python.
+PYTHON_HERE = f"/path/to/python{sys.version_info.major}.{sys.version_info.minor}"
+
+
 class Kind(enum.Enum):
     """How much a finding matters; its value stands before it."""
 
@@ -195,7 +199,7 @@ def _python(seen: Seen, section: Section) -> Finding:
             Kind.PROBLEM,
             f"{told}, and {platform.python_implementation()} {here} here ({sys.executable}): functions "
             "travel between them as bytecode, which is another one in each minor version",
-            section.lines(python=f"/path/to/python{_minor(here)}"),
+            section.lines(python=PYTHON_HERE),
         )
     if seen.python != here:
         return Finding(Kind.NOTE, f"{told}, and {here} here: the same minor version, which is what counts")
@@ -208,14 +212,14 @@ def _package(seen: Seen, section: Section) -> Finding:
             Kind.PROBLEM,
             f"fractal_runner cannot be imported on the worker ({seen.executable}): {seen.import_problem}. "
             f"Install version {__version__} there",
-            section.lines(python="/path/to/the/python/that/has/it"),
+            section.lines(python=PYTHON_HERE),
         )
     if seen.version != __version__:
         return Finding(
             Kind.PROBLEM,
             f"fractal_runner {seen.version} on the worker ({seen.place}), and {__version__} here: they need "
             f"not understand each other. Install version {__version__} there",
-            section.lines(python="/path/to/the/python/that/has/it"),
+            section.lines(python=PYTHON_HERE),
         )
     return Finding(Kind.OK, f"fractal_runner {seen.version} on the worker, as here")
 

@@ -95,7 +95,7 @@ class _Examination:
 
     def _probe(self, executors: Executors, directory: Path) -> tuple[bool, bool]:
         """Send the probe, and tell of it: whether it came back, and whether nothing of it runs."""
-        from fractal_runner.cli.diagnosis import Finding, Kind, of_clock, of_directory, of_worker
+        from fractal_runner.cli.diagnosis import PYTHON_HERE, Finding, Kind, of_clock, of_directory, of_worker
         from fractal_runner.executors.probing import ProbeError, send
 
         resources = self._config.defaults_of(self._config.executor)
@@ -103,7 +103,8 @@ class _Examination:
         try:
             seen = send(executors, directory, timeout=self._timeout, resources=_parsed(resources))
         except ProbeError as error:
-            self._say(Finding(Kind.PROBLEM, str(error)), error.words)
+            write = self._section(executors.get()).lines(python=PYTHON_HERE) if error.is_of_python else ()
+            self._say(Finding(Kind.PROBLEM, str(error), write), error.words)
             if not error.is_ended:
                 self._say(Finding(Kind.NOTE, "the executor cannot end it: it is left where it is"))
             return False, error.is_ended

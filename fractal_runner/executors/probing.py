@@ -20,6 +20,7 @@ from fractal_runner.errors import JobExecutionError
 from fractal_runner.executors.adapters.daskpool.terms import CLUSTERS
 from fractal_runner.executors.batch.base import BatchExecutor
 from fractal_runner.executors.batch.scheduler import JobState, SchedulerError
+from fractal_runner.executors.batch.verdicts import REFUSED
 from fractal_runner.executors.registry import Executors
 from fractal_runner.quantities import format_time, parse_time
 from fractal_runner.worker import probe
@@ -78,12 +79,14 @@ class ProbeError(RuntimeError):
     Attributes:
         words: what the scheduler, or a log, says of it; a line each.
         is_ended: whether nothing of it runs, or will.
+        is_of_python: whether a job has refused it, as it runs another Python or fractal_runner.
     """
 
     def __init__(self, message: str, words: list[str] | None = None) -> None:
         super().__init__(message)
         self.words = words or []
         self.is_ended = True
+        self.is_of_python = False
 
 
 def send(executors: Executors, directory: Path, *, timeout: float, resources: Mapping[str, Any]) -> Seen:
@@ -206,7 +209,10 @@ def _result_of(future: Future[Any]) -> dict[str, Any]:
     try:
         found: dict[str, Any] = future.result(timeout=0)
     except JobExecutionError as error:
-        raise ProbeError(str(error), _end_of_log(error)) from error
+        told = ProbeError(str(error), _end_of_log(error))
+        # What the scheduler refuses has that reason, too, and is no job.
+        told.is_of_python = error.reason == REFUSED and error.job_id is not None
+        raise told from error
     except Exception as error:  # of whatever executor
         raise ProbeError(f"{type(error).__name__}: {error}") from error
     return found
@@ -214,7 +220,7 @@ def _result_of(future: Future[Any]) -> dict[str, Any]:
 
 def _end_of_log(error: JobExecutionError) -> list[str]:
     for name in (error.stderr_file, error.stdout_file):
-        if name is not None:
+        if name is not None and name not in str(error):  # where it is named, its end stands there as well
             try:
                 lines = Path(name).read_text(errors="replace").strip().splitlines()
             except OSError as problem:
