@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ from fractal_runner.executors import factories, registry
 from fractal_runner.executors.adapters.daskpool.options import SAID_OF_JOBS, PoolOptions, jobs_section
 from fractal_runner.executors.adapters.daskpool.terms import PARSERS, PoolTerms
 from fractal_runner.executors.sections import ExecutorSections, load
+from tests.executors.adapters.resuming import assert_resumed_over_the_same
 
 CLUSTER = {"pool": {"workers": "slurm", "host": "login1", "slurm": {"partition": "main"}}}
 
@@ -192,53 +190,8 @@ def test_of_a_session_it_is_written_down_with_its_folder(tmp_path: Path) -> None
     assert (name, options) == ("dask", {**CLUSTER, "folder": tmp_path / "fractal_jobs" / "dask"})
 
 
-TASK = """
-import json, pathlib, sys
-import psutil
-here = pathlib.Path.cwd()
-parents = [" ".join(one.cmdline()) for one in psutil.Process().parents()]
-number = len(list(here.glob("seen*")))
-(here / f"seen{number}").write_text("\\n".join(parents))
-out = sys.argv[sys.argv.index("--out-json") + 1]
-pathlib.Path(out).write_text("{}")
-sys.exit(number == 0)
-"""
+def test_a_run_is_resumed_over_dask(tmp_path: Path) -> None:
+    assert_resumed_over_the_same(tmp_path, "dask", "pool.workers=local", "pool.idle_timeout=5m")
 
-
-@pytest.mark.parametrize(
-    ("name", "options", "parent"),
-    [
-        ("dask", ["pool.workers=local", "pool.idle_timeout=5m"], "distributed.cli.dask_worker"),
-        ("ray", ["object_store_memory=100MB"], "ray::"),
-    ],
-)
-def test_a_run_is_resumed_over_the_same_engine(
-    name: str, options: list[str], parent: str, tmp_path: Path
-) -> None:
-    (tmp_path / "task.py").write_text(TASK)
-    task = {"name": "T", "command_parallel": f"{sys.executable} {tmp_path / 'task.py'}"}
-    (tmp_path / "w.json").write_text(json.dumps({"name": "w", "task_list": [{"task": task}]}))
-    images = [{"zarr_url": "/d/1", "attributes": {}, "types": {}}]
-    (tmp_path / "d.json").write_text(json.dumps({"name": "d", "zarr_dir": "/d", "images": images}))
-
-    def said(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "fractal_runner", *words],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            capture_output=True,
-            text=True,
-            timeout=180,
-            check=False,
-        )
-
-    chosen = [word for option in options for word in ("--executor-opt", option)]
-    words = ["--dataset", "d.json", "--workflow-dir", "r", "--executor", name, "--max-workers", "1"]
-    first = said("run", "w.json", *words, *chosen)
-    second = said("resume", "r")
-
-    assert first.returncode == 1, first.stderr
-    assert second.returncode == 0, second.stderr
     for number in range(2):
-        assert parent in (tmp_path / f"seen{number}").read_text()
-    assert not (tmp_path / "r" / "jobs" / name).exists()
+        assert "distributed.cli.dask_worker" in (tmp_path / f"seen{number}").read_text()

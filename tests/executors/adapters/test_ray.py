@@ -23,6 +23,7 @@ from fractal_runner.executors.adapters.rayengine.instance import _TOKEN, Node, p
 from fractal_runner.executors.calls import current_context
 from fractal_runner.testing import PATIENCE_S, Gate, is_alive, wait_until
 from tests.executors.adapters.knowing import assert_calls_know_what_they_are
+from tests.executors.adapters.resuming import assert_resumed_over_the_same
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning"),
@@ -58,6 +59,17 @@ def gate(tmp_path: Path) -> Iterator[Gate]:
 
 def test_calls_know_what_they_are(executor: RayExecutor) -> None:
     assert_calls_know_what_they_are(executor)
+
+
+def test_a_run_is_resumed_over_ray(
+    instance: RayExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    assert_resumed_over_the_same(tmp_path, "ray", "object_store_memory=100MB")
+
+    for number in range(2):
+        assert "ray::" in (tmp_path / f"seen{number}").read_text()
 
 
 # Resources
