@@ -304,7 +304,8 @@ def stop_pool(
     if not _is_dead(record):
         _ask(record, "end")
         deadline = time.monotonic() + timeout
-        while files.read() == record and not _is_dead(record):
+        # Its record goes first, and then its process, which is seen from its own host alone.
+        while record.life == "running" or (record.life == "unknown" and files.read() == record):
             if time.monotonic() > deadline:
                 raise ExecutorError(
                     f"The {record.says} has not ended in {timeout:g} s. Its log ({record.log}) ends: "
