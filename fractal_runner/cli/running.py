@@ -72,11 +72,12 @@ def run(
     log_if(verbose)
     expect_directory_of(output)
     directory = workflow_dir or unused(Path("fractal_runs") / time.strftime("%Y%m%d-%H%M%S"))
+    warm = given.read_warm_start(warm_start, warm_start_timeout, max_servers)
     if dry_run:
         _tell(
             workflow,
             dataset,
-            dry_run_in=directory.absolute(),
+            dry_run_in=absolute(directory),
             executor=executor,
             options=given.executor_words(executor_opt, max_workers),
             first=first,
@@ -89,7 +90,6 @@ def run(
         )
         return
     config = given.configuration(workflow, executor, executor_opt, max_workers)
-    warm = given.read_warm_start(warm_start, warm_start_timeout, max_servers)
     repeated: list[str] = []
     for word in executor_opt or ():
         repeated += ["--executor-opt", word]
@@ -233,7 +233,7 @@ def _tell(
     workflow: Path,
     dataset: Path,
     *,
-    dry_run_in: Path | None,
+    dry_run_in: str | None,
     executor: str | None,
     options: list[str],
     first: int | None,
@@ -263,7 +263,7 @@ def _tell(
         attribute_filters=given.read_attribute_filters(attribute_filter or ()),
         config=lambda: sections.load(start=workflow, executor=executor, options=options),
         has_history=has_history,
-        dry_run=None if dry_run_in is None else Teller(dry_run_in),
+        dry_run=None if dry_run_in is None else Teller(Path(dry_run_in)),
     )
     for line in findings.lines:
         typer.echo(line)

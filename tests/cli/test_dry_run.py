@@ -91,6 +91,19 @@ def test_a_directory_that_holds_a_run_is_a_mistake(place: Path, dry: Here) -> No
     assert [path.name for path in (place / "r").iterdir()] == ["dataset.json"]
 
 
+def test_paths_are_those_of_a_run_there(place: Path, dry: Here) -> None:
+    told = dry(*slurm(), "--workflow-dir", "../project/r")
+
+    assert f"\n#SBATCH --output={place}/r/jobs/slurm/fr-ARRAY/job-%a.log\n" in told.output
+
+
+def test_what_is_said_of_warm_starts_is_looked_at_as_well(dry: Here) -> None:
+    told = dry("--warm-start", "allways")
+
+    assert told.exit_code == 2
+    assert "'allways' is none of" in told.output
+
+
 # What it tells of batch executors
 
 
@@ -260,6 +273,7 @@ def test_what_is_known_only_once_there_is_an_executor_is_called_that(dry: Here, 
         (pool(workers="slurm"), {}, "the workers of slurm have to reach this host"),
         (["--executor", "lsf"], LARGE, "does not say which LSF it is"),
         (["--last", "7"], {}, "last_task_index=7 is out of range"),
+        (["--executor", "ray", "--executor-opt", "max_worker=2"], {}, "did you mean 'max_workers'?"),
     ],
 )
 def test_a_mistake_is_told_and_nothing_is_made(

@@ -67,7 +67,7 @@ def words(executor: str) -> list[str]:
 
 
 def scripts(printed: str) -> list[str]:
-    """The scripts between their marks, up to the end of the last line: sbatch's has no line end there."""
+    """The scripts between their marks, without the end of their last line, which some have not."""
     return re.findall(
         rf"^{re.escape(SCRIPT_BEGINS)}.*\n((?s:.*?))\n{re.escape(SCRIPT_ENDS)}.*$", printed, re.MULTILINE
     )
@@ -79,6 +79,16 @@ def said(printed: str, name: str) -> list[str]:
 
 def without_name(text: str, array: str) -> str:
     return text.replace(array, "fr-ARRAY")
+
+
+def slurm_scripts(folder: Path) -> list[str]:
+    """The scripts of the arrays that have their directories there, without their names."""
+    return [
+        without_name(path.read_text().removesuffix("\n"), array.name)
+        for array in folder.glob("fr-*")
+        for path in (array / "submitit").glob("*_submission.sh")
+        if not path.is_symlink()
+    ]
 
 
 def test_the_scripts_are_those_that_sbatch_is_given(
@@ -100,13 +110,7 @@ def test_the_scripts_are_those_that_sbatch_is_given(
     ran = here(*words("slurm"))
 
     assert ran.exit_code == 0, ran.output
-    arrays = [path for path in (tmp_path / "r" / "jobs" / "slurm").iterdir() if path.is_dir()]
-    left = [
-        without_name(path.read_text(), array.name)
-        for array in arrays
-        for path in (array / "submitit").glob("*_submission.sh")
-        if not path.is_symlink()
-    ]
+    left = slurm_scripts(tmp_path / "r" / "jobs" / "slurm")
     assert len(left) == 3
     assert sorted(scripts(told.output)) == sorted(left)
     assert said(told.output, "packing") == [
@@ -117,6 +121,33 @@ def test_the_scripts_are_those_that_sbatch_is_given(
     assert said(told.output, "for one unit") == [
         "how many there are, its first command lists only when it runs"
     ]
+
+
+def test_the_script_of_a_pools_workers_is_the_one_that_they_are_started_by(
+    slurm_cluster: SlurmCluster,  # noqa: F811
+    here: Here,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    slurm_cluster.reset()
+    for name, value in slurm_cluster.env.items():
+        monkeypatch.setenv(name, value)
+    pool = {"workers": "slurm", "max_workers": 1, "memory": "200MB", "host": "127.0.0.1"}
+    asked = ["--workflow-dir", "r", "--executor", "dask", "--last", "0"]
+    for name, value in {**pool, "slurm.poll_interval": 1, "slurm.setup": '["umask 022"]'}.items():
+        asked += ["--executor-opt", f"pool.{name}={value}"]
+
+    told = here(*asked, "--dry-run")
+
+    assert told.exit_code == 0, told.output
+    assert {path.name for path in tmp_path.iterdir()} == {"d.json", "w.json"}
+
+    ran = here(*asked)
+
+    assert ran.exit_code == 0, ran.output
+    [script] = scripts(told.output)
+    left = slurm_scripts(tmp_path / "r" / "jobs" / "dask" / "jobs")
+    assert set(left) == {script}
 
 
 def test_the_scripts_and_words_are_those_that_bsub_is_given(
