@@ -38,7 +38,7 @@ chaos: .venv/.dev compiled
 	FRACTAL_RUNNER_PAIRS_ALONE=1 .venv/bin/python -m pytest -n 2 --dist worksteal tests/worker/test_warm_and_cold.py
 	FRACTAL_RUNNER_PAIRS_OVER="slurm lsf ibm" .venv/bin/python -m pytest -n 2 --dist worksteal tests/warm
 	FRACTAL_RUNNER_OWN_POOLS=1 .venv/bin/python -m pytest -n 2 --dist worksteal \
-		tests/executors/adapters/test_dask_conformance.py
+		tests/executors/adapters/test_dask_conformance.py tests/executors/adapters/test_dask_clusters.py
 
 # An installed package is compiled. This one is where it is edited, and each of its processes would do it.
 compiled: .venv/bin/python

@@ -12,12 +12,13 @@ import pytest
 from fractal_runner import InputFileError, session
 from fractal_runner.config import Config
 from fractal_runner.executors import factories, registry
+from fractal_runner.executors.adapters.dask import _own_terms
 from fractal_runner.executors.adapters.daskpool.options import SAID_OF_JOBS, PoolOptions, jobs_section
 from fractal_runner.executors.adapters.daskpool.terms import PARSERS, PoolTerms
 from fractal_runner.executors.sections import ExecutorSections, load
 from tests.executors.adapters.resuming import assert_resumed_over_the_same
 
-CLUSTER = {"pool": {"workers": "slurm", "host": "login1", "slurm": {"partition": "main"}}}
+CLUSTER: dict[str, Any] = {"pool": {"workers": "slurm", "host": "login1", "slurm": {"partition": "main"}}}
 
 
 @pytest.fixture(autouse=True)
@@ -122,6 +123,14 @@ def test_a_file_may_say_something_of_several_clusters() -> None:
 
     assert PoolTerms.of(said).cluster == {}
     assert PoolTerms.of({**said, "workers": "lsf", "host": "a"}).cluster == {"queue": "long"}
+
+
+def test_paths_are_mapped_where_the_nodes_see_them_elsewhere() -> None:
+    own = {**CLUSTER["pool"], "slurm": {"path_map": {"/a": "/b"}}}
+
+    assert _own_terms(CLUSTER["pool"], None, {"/here": "/there"}).cluster["path_map"] == {"/here": "/there"}
+    assert _own_terms(own, None, {"/here": "/there"}).cluster["path_map"] == {"/a": "/b"}
+    assert _own_terms({"workers": "local"}, None, {"/here": "/there"}).cluster == {}
 
 
 def test_what_only_a_program_can_give_is_not_given_by_name() -> None:

@@ -1,7 +1,8 @@
-"""A Dask executor whose workers are the jobs of a cluster: SLURM's, and both families' of LSF."""
+"""A Dask executor whose workers are the jobs of a cluster: SLURM's and LSF's."""
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from concurrent import futures
@@ -11,14 +12,14 @@ from typing import Any
 import psutil
 import pytest
 
+from fractal_runner import Dataset, Image, Task, Workflow, WorkflowTask, process_workflow
 from fractal_runner.errors import JobExecutionError
 from fractal_runner.executors.adapters.dask import DaskExecutor
 from fractal_runner.executors.adapters.daskpool.terms import MARK
 from fractal_runner.testing import PATIENCE_S, Gate, is_alive, wait_until
-from tests.clusters.lsf import LsfCluster
-from tests.clusters.slurm import SlurmCluster
 
 _MEMORY = "200MB"
+POLLED = {"memory": _MEMORY, "slurm": {"poll_interval": 1}}
 
 
 class Site:
@@ -51,19 +52,22 @@ class Site:
         return {"partition": "closed"} if self.kind == "slurm" else {"queue": "closed"}
 
 
+# One of each kind; both families of LSF differ in what their commands say, which other tests are about.
+CLUSTERS = {"slurm": "slurm_cluster", "openlava": "openlava_cluster"}
+if "FRACTAL_RUNNER_OWN_POOLS" in os.environ:
+    CLUSTERS["ibm"] = "ibm_cluster"
+
+
 @pytest.fixture(scope="session", autouse=True)
-def clusters(
-    slurm_cluster: SlurmCluster, openlava_cluster: LsfCluster, ibm_cluster: LsfCluster
-) -> dict[str, Site]:
+def clusters(request: pytest.FixtureRequest) -> dict[str, Site]:
     """All, from before what looks for things that a module of tests leaves behind: they stay."""
     return {
-        "slurm": Site("slurm", slurm_cluster),
-        "openlava": Site("lsf", openlava_cluster),
-        "ibm": Site("lsf", ibm_cluster),
+        name: Site("slurm" if name == "slurm" else "lsf", request.getfixturevalue(fixture))
+        for name, fixture in CLUSTERS.items()
     }
 
 
-@pytest.fixture(params=["slurm", "openlava", "ibm"])
+@pytest.fixture(params=CLUSTERS)
 def site(
     request: pytest.FixtureRequest, clusters: dict[str, Site], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Site]:
@@ -192,3 +196,19 @@ def test_a_job_that_waits_for_its_node_is_taken_back_when_its_call_is_cancelled(
     wait_until(lambda: not {"PENDING", "PEND"} & set(site.jobs()), "the one that waits is taken back")
     gate.open()
     futures.wait(submitted, PATIENCE_S)
+
+
+@pytest.mark.parametrize("site", ["slurm"], indirect=True)
+async def test_a_run_gives_it_a_folder_by_its_name(site: Site, tmp_path: Path) -> None:
+    task = Task(name="T", command_parallel="true")
+    run = process_workflow(
+        workflow=Workflow(name="w", task_list=[WorkflowTask(task=task)]),
+        dataset=Dataset(name="d", zarr_dir="/d", images=[Image(zarr_url="/d/1")]),
+        workflow_dir_local=tmp_path / "run",
+        executor=("dask", {"pool": {"workers": "slurm", "host": "127.0.0.1", "max_workers": 1, **POLLED}}),
+    )
+
+    await run
+
+    assert list((tmp_path / "run" / "jobs" / "dask").iterdir())
+    assert site.jobs() == []

@@ -352,19 +352,6 @@ def test_wrong_arguments_are_refused_at_once(
         RayExecutor(**arguments)
 
 
-def test_without_the_extra_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ray", None)
-
-    with pytest.raises(ImportError, match=r"pip install 'fractal-runner\[ray\]'"):
-        RayExecutor(1)
-
-
-def test_naming_the_executor_does_not_load_ray() -> None:
-    code = "import sys, fractal_runner.executors.adapters.ray; sys.exit('ray' in sys.modules)"
-
-    assert subprocess.run([sys.executable, "-c", code], timeout=PATIENCE_S, check=False).returncode == 0
-
-
 def test_the_environment_is_as_before_and_there_is_no_dashboard(instance: RayExecutor) -> None:
     assert not {"RAY_USAGE_STATS_ENABLED", "RAY_AUTH_TOKEN", "RAY_AUTH_MODE"} & os.environ.keys()
     assert instance._instance.ray._private.worker._global_node.webui_url == ""
