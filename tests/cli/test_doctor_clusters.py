@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ from typer.testing import CliRunner
 
 import fractal_runner
 from fractal_runner.cli.app import app
+from fractal_runner.testing import wait_until
 from tests.clusters.lsf import LsfCluster
 from tests.clusters.lsf.fixtures import (  # noqa: F401
     ibm,
@@ -30,6 +33,7 @@ from tests.clusters.slurm.fixtures import slurm_cluster  # noqa: F401
 pytestmark = pytest.mark.timeout(300)
 
 Doctor = Callable[..., Result]
+PROGRAM = str(Path(sys.executable).parent / "fractal-runner")
 SMALL = ("--executor-opt", "mem=100")
 
 
@@ -87,19 +91,7 @@ def waiting(cluster: SlurmCluster) -> list[str]:
 # SLURM.
 
 
-def test_a_slurm_cluster_that_is_well(doctor: Doctor, slurm: SlurmCluster, tmp_path: Path) -> None:
-    answer = doctor("--executor", "slurm", *SMALL)
-
-    assert answer.exit_code == 0, answer.output
-    assert "ok the probe ran on this machine (node n" in said(answer)
-    assert "the site allows 1001: MaxArraySize 1001 (scontrol show config)" in said(answer)
-    assert "ok jobs go to the partition main (UP, the default one)" in said(answer)
-    assert "SLURM says: SLURM_VERSION = " in said(answer)
-    assert waiting(slurm) == []
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_what_it_says_is_to_be_written_mends_what_it_has_found(
+def test_what_it_says_is_to_be_written_makes_all_well(
     doctor: Doctor, slurm: SlurmCluster, tmp_path: Path
 ) -> None:
     wrong = doctor("--executor", "slurm", *SMALL, "--executor-opt", "max_array=5000")
@@ -107,10 +99,18 @@ def test_what_it_says_is_to_be_written_mends_what_it_has_found(
     assert wrong.exit_code == 1, wrong.output
     assert "problem up to 5000 jobs are put into an array, and the site allows 1001" in said(wrong)
     assert lines_to_write(wrong) == "slurm:\n  max_array: 1001\n"
+    assert list(tmp_path.iterdir()) == []
     (tmp_path / ".fractal-runner").mkdir()
     (tmp_path / ".fractal-runner" / "config.yaml").write_text(lines_to_write(wrong))
 
-    assert doctor("--executor", "slurm", *SMALL).exit_code == 0
+    right = doctor("--executor", "slurm", *SMALL)
+
+    assert right.exit_code == 0, right.output
+    assert "ok the probe ran on this machine (node n" in said(right)
+    assert "the site allows 1001: MaxArraySize 1001 (scontrol show config)" in said(right)
+    assert "ok jobs go to the partition main (UP, the default one)" in said(right)
+    assert "SLURM says: SLURM_VERSION = " in said(right)
+    assert waiting(slurm) == []
 
 
 def test_a_probe_that_waits_for_ever_is_ended_and_slurm_s_reason_told(
@@ -124,6 +124,21 @@ def test_a_probe_that_waits_for_ever_is_ended_and_slurm_s_reason_told(
         said(answer)
     )
     assert waiting(slurm) == []
+
+
+def test_ctrl_c_leaves_nothing_in_the_queue(slurm: SlurmCluster, tmp_path: Path) -> None:
+    words = ["doctor", "--executor", "slurm", "--executor-opt", "cpus_per_task=99"]
+    trying = subprocess.Popen([PROGRAM, *words], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: waiting(slurm), "its job waits")
+        trying.send_signal(signal.SIGINT)
+        code = trying.wait(60)
+    finally:
+        trying.kill()
+
+    assert code == 130
+    assert waiting(slurm) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_probe_that_is_refused_is_told_in_slurm_s_words(doctor: Doctor, slurm: SlurmCluster) -> None:
@@ -241,9 +256,13 @@ def test_lsf_s_bounds_are_compared_with_what_the_executor_is_set_to(
 
 
 def test_the_unit_that_the_site_counts_memory_in_is_compared_as_well(
-    doctor: Doctor, site: LsfCluster
+    doctor: Doctor,
+    openlava: LsfCluster,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    conf = site.directory / "lsf.conf"
+    for name, value in openlava.env.items():
+        monkeypatch.setenv(name, value)
+    conf = openlava.directory / "lsf.conf"
     conf.write_text("# LSF_UNIT_FOR_LIMITS=MB\nLSF_UNIT_FOR_LIMITS=GB\n")
     try:
         right = doctor("--executor", "lsf")
