@@ -67,7 +67,7 @@ def _dask_client() -> Iterator[Any]:
             n_workers=SLOTS,
             threads_per_worker=1,
             processes=True,
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",  # it cannot do without, and another one may have its port
             silence_logs=logging.CRITICAL,  # its workers complain of being closed
         ) as cluster,
         Client(cluster) as client,
