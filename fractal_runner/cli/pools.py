@@ -36,7 +36,8 @@ def start(name: Name, executor_opt: ExecutorOpt = None) -> None:
     """Start a pool that stays, and return once it can be joined.
 
     Its terms are those of `dask.pool` in the configuration, and what --executor-opt says of them:
-    pool.workers=local, pool.max_workers=4, pool.idle_timeout=10m.
+    pool.workers=local, pool.max_workers=4, pool.idle_timeout=10m. The files of a pool whose workers are jobs
+    are in ./fractal_jobs/dask, unless folder=DIR says where: the nodes have to see it.
 
     Exit codes: 0 it is there, 2 wrong usage, or there is one already, 3 it has not started, 130 Ctrl-C.
     """
@@ -155,6 +156,8 @@ def _terms_of(options: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: if they say that another pool is to be used.
     """
+    from fractal_runner.executors.adapters.daskpool.terms import CLUSTERS
+
     for other in ("join", "address", "scheduler_file"):
         if options.get(other) is not None:
             raise ValueError(
@@ -164,6 +167,9 @@ def _terms_of(options: Mapping[str, Any]) -> dict[str, Any]:
     terms = dict(options.get("pool") or {})
     if options.get("max_workers") is not None:
         terms.setdefault("max_workers", options["max_workers"])
+    kind = terms.get("workers")
+    if options.get("path_map") is not None and kind in CLUSTERS:
+        terms[kind] = {"path_map": options["path_map"], **(terms.get(kind) or {})}
     return terms
 
 

@@ -15,6 +15,7 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
+from fractal_runner.cli import pools
 from fractal_runner.cli.app import app
 from fractal_runner.executors.adapters.daskpool.terms import MARK
 from fractal_runner.testing import is_alive, wait_until
@@ -209,3 +210,14 @@ def test_there_may_be_none(pool: Pool, tmp_path: Path, monkeypatch: pytest.Monke
 
     assert answer.exit_code == 0
     assert "There are no pools." in answer.output
+
+
+def test_what_a_run_s_executor_has_a_pool_s_jobs_have() -> None:
+    said = {"pool": {"workers": "lsf", "lsf": {"queue": "long"}}, "path_map": {"/a": "/b"}, "max_workers": 3}
+
+    assert pools._terms_of(said) == {
+        "workers": "lsf",
+        "max_workers": 3,
+        "lsf": {"path_map": {"/a": "/b"}, "queue": "long"},
+    }
+    assert pools._terms_of({"path_map": {"/a": "/b"}}) == {}
