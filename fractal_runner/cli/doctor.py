@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -205,4 +205,5 @@ def _directory(parent: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(made, ignore_errors=True)
         if is_new:
-            parent.rmdir()
+            with suppress(OSError):  # a file system over the network may keep a file that somebody has open
+                parent.rmdir()

@@ -102,17 +102,11 @@ def send(executors: Executors, directory: Path, *, timeout: float, resources: Ma
         ProbeError: if it does not start in time, or does not end, or fails. It has been ended then, as far as
             the executor can end calls.
     """
-    submitter = executors.submitter(None, **resources)
     talk = _Talk(directory)
     try:
         sent, began = time.time(), time.monotonic()
         ended_at: list[float] = []
-        future = submitter.submit(
-            "probe",
-            "probe",
-            functools.partial(eval, _EXPRESSION),
-            {"text": inspect.getsource(probe), "directory": str(directory), "patience_s": ANSWER_S},
-        )
+        future = _submitted(executors, directory, resources)
         future.add_done_callback(lambda _: ended_at.append(time.time()))
         try:
             started = _await(executors, future, timeout) - began
@@ -184,6 +178,15 @@ class _Talk:
     def end(self) -> None:
         self._over.set()
         self._thread.join(_END_S)
+
+
+def _submitted(executors: Executors, directory: Path, resources: Mapping[str, Any]) -> Future[Any]:
+    order = {"text": inspect.getsource(probe), "directory": str(directory), "patience_s": ANSWER_S}
+    try:
+        submitter = executors.submitter(None, **resources)
+        return submitter.submit("probe", "probe", functools.partial(eval, _EXPRESSION), order)
+    except Exception as error:  # of whatever executor
+        raise ProbeError(f"the probe cannot be submitted: {type(error).__name__}: {error}") from error
 
 
 def _await(executors: Executors, future: Future[Any], timeout: float) -> float:

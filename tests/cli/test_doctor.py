@@ -116,6 +116,19 @@ def test_a_call_that_does_not_start_is_cancelled(here: Here) -> None:
     assert [future.cancelled() for future in never.taken] == [True]
 
 
+def test_an_executor_that_takes_no_calls_is_told(here: Here) -> None:
+    class Full(Never):
+        def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+            raise RuntimeError("the queue is full")
+
+    register("full", Full)
+
+    answer = here("--executor", "full")
+
+    assert answer.exit_code == 3
+    assert "problem the probe cannot be submitted: RuntimeError: the queue is full" in said(answer)
+
+
 def test_a_call_that_fails_is_told_with_its_error(here: Here) -> None:
     class Failing(Never):
         def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
