@@ -258,8 +258,9 @@ def find_pool(name: str, state: str | os.PathLike[str] | None = None) -> PoolRec
     if record is None:
         known = sorted(path.stem for path in files.folder.glob("*.json"))
         others = f": {did_you_mean(name, known)}" if known else ""
+        stop = "" if others.endswith("?") else "."
         raise ExecutorError(
-            f"There is no pool {name!r}{others}. `fractal-runner pool start {name}` starts one"
+            f"There is no pool {name!r}{others}{stop} `fractal-runner pool start {name}` starts one"
         )
     if record.life == "dead":
         raise ExecutorError(
