@@ -11,7 +11,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fractal_runner import __version__
@@ -29,10 +29,8 @@ _TOO_LARGE = {
     "SLURM": "sbatch refuses larger ones",
     "LSF": "LSF refuses larger ones, or makes one plain job of each",
 }
-
-
-# What is to be written where the workers have to have this Python.
-PYTHON_HERE = f"/path/to/python{sys.version_info.major}.{sys.version_info.minor}"
+# What the workers have to have.
+_AS_HERE = f"a Python {sys.version_info.major}.{sys.version_info.minor} that has fractal_runner {__version__}"
 
 
 class Kind(enum.Enum):
@@ -50,12 +48,12 @@ class Finding:
     Attributes:
         kind: how much it matters.
         text: a sentence.
-        write: lines for the configuration that mend it; none if there is nothing to be written.
+        write: options of the executor that mend it, as they are written in its section.
     """
 
     kind: Kind
     text: str
-    write: tuple[str, ...] = ()
+    write: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +68,27 @@ class Section:
     keys: tuple[str, ...]
     names: frozenset[str]
 
-    def lines(self, **options: object) -> tuple[str, ...]:
-        """These options, as they are written; nothing if there is one that it does not have."""
-        if not options.keys() <= self.names:
-            return ()
-        found = [f"{'  ' * depth}{key}:" for depth, key in enumerate(self.keys)]
-        return (*found, *(f"{'  ' * len(self.keys)}{name}: {value}" for name, value in options.items()))
+    def options(self, **options: object) -> Mapping[str, str]:
+        """These options as they are written; none if there is one that it does not have."""
+        return {name: str(value) for name, value in options.items()} if options.keys() <= self.names else {}
+
+    def hint(self, name: str, what: str) -> str:
+        """Half a sentence about an option whose value somebody has to know; "" if there is no such option."""
+        return f": set {self.key_of(name)} to {what}" if name in self.names else ""
+
+    def key_of(self, name: str) -> str:
+        """An option's dotted key."""
+        return ".".join((*self.keys, name))
+
+    def lines(self, options: Mapping[str, str]) -> list[str]:
+        """Options as a configuration has them, from its first column on."""
+        above = [f"{'  ' * depth}{key}:" for depth, key in enumerate(self.keys)]
+        return [*above, *(f"{'  ' * len(self.keys)}{name}: {value}" for name, value in options.items())]
+
+    @property
+    def python(self) -> str:
+        """What to do about another Python."""
+        return self.hint("python", f"the path of {_AS_HERE}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,8 +211,7 @@ def _python(seen: Seen, section: Section) -> Finding:
         return Finding(
             Kind.PROBLEM,
             f"{told}, and {platform.python_implementation()} {here} here ({sys.executable}): functions "
-            "travel between them as bytecode, which is another one in each minor version",
-            section.lines(python=PYTHON_HERE),
+            f"travel between them as bytecode, which is another one in each minor version{section.python}",
         )
     if seen.python != here:
         return Finding(Kind.NOTE, f"{told}, and {here} here: the same minor version, which is what counts")
@@ -211,15 +223,14 @@ def _package(seen: Seen, section: Section) -> Finding:
         return Finding(
             Kind.PROBLEM,
             f"fractal_runner cannot be imported on the worker ({seen.executable}): {seen.import_problem}. "
-            f"Install version {__version__} there",
-            section.lines(python=PYTHON_HERE),
+            f"Install version {__version__} there, or have another Python{section.python}",
         )
     if seen.version != __version__:
         return Finding(
             Kind.PROBLEM,
             f"fractal_runner {seen.version} on the worker ({seen.place}), and {__version__} here: they need "
-            f"not understand each other. Install version {__version__} there",
-            section.lines(python=PYTHON_HERE),
+            f"not understand each other. Install version {__version__} there, or have another Python"
+            f"{section.python}",
         )
     return Finding(Kind.OK, f"fractal_runner {seen.version} on the worker, as here")
 
@@ -229,20 +240,19 @@ def _array(setting: Setting, site: SiteLimits, section: Section) -> Finding:
     if bound is None:
         return Finding(
             Kind.NOTE,
-            f"{name} does not say how many jobs an array may have: up to {used} are put into one. If the "
-            "site allows fewer, say so",
-            section.lines(max_array="…"),
+            f"{name} does not say how many jobs an array may have, and up to {used} are put into one"
+            f"{section.hint('max_array', 'what the site allows, if that is fewer')}",
         )
     if used > bound.value:
         return Finding(
             Kind.PROBLEM,
             f"up to {used} jobs are put into an array, and the site allows {bound.value}: {bound}; "
             f"{_TOO_LARGE.get(name, 'larger ones are refused')}",
-            section.lines(max_array=bound.value),
+            section.options(max_array=bound.value),
         )
     told = f"up to {used} jobs are put into an array, and the site allows {bound.value}: {bound}"
     if used < bound.value:
-        return Finding(Kind.NOTE, f"{told}. There may be more", section.lines(max_array=bound.value))
+        return Finding(Kind.OK, f"{told}. There may be more ({section.key_of('max_array')})")
     return Finding(Kind.OK, told)
 
 
@@ -254,7 +264,7 @@ def _jobs(setting: Setting, site: SiteLimits, section: Section) -> Finding:
             Kind.PROBLEM,
             f"max_jobs is {jobs}, and this user may have {bound.value} in the queue: {bound}; further "
             f"submissions fail until others have ended{at_a_time}",
-            section.lines(max_jobs=bound.value),
+            section.options(max_jobs=bound.value),
         )
     said = f"this user may have {bound.value}: {bound}" if bound else "no bound of the site's is known"
     return Finding(Kind.OK, f"up to {jobs} jobs (max_jobs) are in the queue at a time; {said}{at_a_time}")
@@ -276,7 +286,7 @@ def _queue(setting: Setting, site: SiteLimits, section: Section) -> Iterator[Fin
             yield Finding(
                 Kind.PROBLEM,
                 f"there is no default {word}, and jobs name none: take one of {others}",
-                section.lines(**{word: site.queues[0].name}),
+                section.options(**{word: site.queues[0].name}),
             )
             return
         wanted = default.name
@@ -309,7 +319,7 @@ def _time(setting: Setting, queue: Queue, word: str, section: Section) -> Findin
         return Finding(
             Kind.NOTE,
             f"{told}: a job of several long calls may ask for more, unless you bound it",
-            section.lines(max_time=f'"{_clock(queue.max_time)}"'),
+            section.options(max_time=f'"{_clock(queue.max_time)}"'),
         )
     return Finding(Kind.OK, told)
 
@@ -321,13 +331,13 @@ def _memory(setting: Setting, memory: MemoryUnits, section: Section) -> Finding:
             Kind.PROBLEM,
             f"{told}, and the site counts in {memory.site} (LSF_UNIT_FOR_LIMITS, by {memory.site_by}): jobs "
             "would get another amount than they ask for",
-            section.lines(memory_unit=memory.site),
+            section.options(memory_unit=memory.site),
         )
     if not memory.is_known:
         return Finding(
             Kind.NOTE,
-            f"{told}: the site's LSF_UNIT_FOR_LIMITS cannot be read here. If it has one, say so",
-            section.lines(memory_unit="…"),
+            f"{told}: the site's LSF_UNIT_FOR_LIMITS cannot be read here"
+            f"{section.hint('memory_unit', 'what that is, if there is one')}",
         )
     return Finding(Kind.OK, told)
 

@@ -71,6 +71,7 @@ class _Examination:
         self._config = config
         self._timeout = timeout
         self._counts: Counter[Kind] = Counter()
+        self._write: dict[str, str] = {}  # options of the executor that mend what was found
 
     def run(self, parent: Path) -> int:
         """Examine it; the exit code."""
@@ -91,11 +92,14 @@ class _Examination:
                 left = left_in_queue(executor)
             self._report_left(left)
         typer.echo(counted(self._counts))
+        if self._write:
+            typer.echo("In the configuration, write:\n")
+            typer.echo("\n".join(self._section(executor).lines(self._write)))
         return 3 if not came_back else int(self._counts[Kind.PROBLEM] > 0)
 
     def _probe(self, executors: Executors, directory: Path) -> tuple[bool, bool]:
         """Send the probe, and tell of it: whether it came back, and whether nothing of it runs."""
-        from fractal_runner.cli.diagnosis import PYTHON_HERE, Finding, Kind, of_clock, of_directory, of_worker
+        from fractal_runner.cli.diagnosis import Finding, Kind, of_clock, of_directory, of_worker
         from fractal_runner.executors.probing import ProbeError, send
 
         resources = self._config.defaults_of(self._config.executor)
@@ -103,8 +107,8 @@ class _Examination:
         try:
             seen = send(executors, directory, timeout=self._timeout, resources=_parsed(resources))
         except ProbeError as error:
-            write = self._section(executors.get()).lines(python=PYTHON_HERE) if error.is_of_python else ()
-            self._say(Finding(Kind.PROBLEM, str(error), write), error.words)
+            hint = self._section(executors.get()).python if error.is_of_python else ""
+            self._say(Finding(Kind.PROBLEM, f"{str(error).rstrip('.')}{hint}"), error.words)
             if not error.is_ended:
                 self._say(Finding(Kind.NOTE, "the executor cannot end it: it is left where it is"))
             return False, error.is_ended
@@ -155,10 +159,7 @@ class _Examination:
         typer.echo(f"{finding.kind.value:<{len(_INDENT)}}{printable(first)}")
         for line in (*lines, *more):
             typer.echo(f"{_INDENT}{printable(line)}")
-        if finding.write:
-            typer.echo(f"{_INDENT}In the configuration, write:")
-        for line in finding.write:
-            typer.echo(f"{_INDENT}  {line}")
+        self._write.update(finding.write)
 
 
 def _made(config: Config, directory: Path, timeout: float) -> tuple[Executors, object]:

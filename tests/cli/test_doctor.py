@@ -205,7 +205,7 @@ def test_another_minor_version_of_python_is_a_problem_and_another_patch_is_none(
     other = worker(python="3.9.1")["python"]
     assert other.kind is Kind.PROBLEM
     assert f"CPython 3.9.1 on the worker (/usr/bin/python3), and CPython {HERE} here" in other.text
-    assert other.write == ("slurm:", f"  python: /path/to/python{minor}")
+    assert f": set slurm.python to the path of a Python {minor} that has fractal_runner" in other.text
 
 
 def test_another_fractal_runner_is_a_problem_and_none_as_well() -> None:
@@ -223,7 +223,7 @@ def test_another_fractal_runner_is_a_problem_and_none_as_well() -> None:
 def test_an_executor_without_such_an_option_is_not_told_to_set_it() -> None:
     found = list(of_worker(replace(SEEN, python="3.9.1"), Section(("ray",), frozenset({"address"}))))
 
-    assert [finding.write for finding in found] == [(), (), ()]
+    assert not any("set ray.python" in finding.text for finding in found)
 
 
 def test_it_says_where_the_worker_is() -> None:
@@ -286,14 +286,16 @@ def test_an_array_that_is_larger_than_the_site_allows_is_a_problem() -> None:
 
     assert found.kind is Kind.PROBLEM
     assert "up to 1000 jobs are put into an array, and the site allows 101: MaxArraySize 101" in found.text
-    assert found.write == ("slurm:", "  max_array: 101")
+    assert found.write == {"max_array": "101"}
 
 
 def test_an_array_may_be_as_large_as_the_site_allows() -> None:
-    [noted] = bad(cluster(site=SiteLimits(max_array=Bound(4000, "MaxArraySize", "scontrol"))))
-    assert (noted.kind, noted.write) == (Kind.NOTE, ("slurm:", "  max_array: 4000"))
+    for size in (1000, 4000):
+        assert bad(cluster(site=SiteLimits(max_array=Bound(size, "MaxArraySize", "scontrol")))) == []
 
-    assert bad(cluster(site=SiteLimits(max_array=Bound(1000, "MaxArraySize", "scontrol")))) == []
+    [noted] = bad(cluster(site=SiteLimits()))
+    assert noted.kind is Kind.NOTE
+    assert "set slurm.max_array to what the site allows, if that is fewer" in noted.text
 
 
 def test_more_jobs_than_this_user_may_have_are_a_problem() -> None:
@@ -308,7 +310,7 @@ def test_more_jobs_than_this_user_may_have_are_a_problem() -> None:
     assert found.kind is Kind.PROBLEM
     assert "max_jobs is 1000, and this user may have 500 in the queue" in found.text
     assert "20 run at a time: MaxJobs of account lab 20 (sacctmgr)" in found.text
-    assert found.write == ("slurm:", "  max_jobs: 500")
+    assert found.write == {"max_jobs": "500"}
 
 
 @pytest.mark.parametrize(
@@ -340,7 +342,7 @@ def test_a_partition_with_a_time_limit_is_to_bound_what_jobs_ask_for() -> None:
     )
 
     [noted] = bad(cluster(site=site))
-    assert (noted.kind, noted.write) == (Kind.NOTE, ("slurm:", '  max_time: "24:00:00"'))
+    assert (noted.kind, noted.write) == (Kind.NOTE, {"max_time": '"24:00:00"'})
     assert bad(cluster(site=site, max_time=86400.0)) == []
 
     [found] = bad(cluster(site=site, time=90000.0))
@@ -356,12 +358,12 @@ def test_memory_in_another_unit_than_the_site_s_is_a_problem() -> None:
     [found] = bad(list(of_cluster(replace(SETTING, scheduler="LSF"), site, section)))
     assert found.kind is Kind.PROBLEM
     assert "LSF is told memory in KB and MB, by what is usual, and the site counts in GB" in found.text
-    assert found.write == ("lsf:", "  memory_unit: GB")
+    assert found.write == {"memory_unit": "GB"}
 
     unknown = replace(site, memory=replace(units, site=None))
     [noted] = bad(list(of_cluster(replace(SETTING, scheduler="LSF"), unknown, section)))
     assert noted.kind is Kind.NOTE
-    assert "cannot be read here" in noted.text
+    assert "cannot be read here: set lsf.memory_unit to what that is" in noted.text
 
     known = replace(site, memory=MemoryUnits("GB", "lsf.conf", True, "GB", "lsf.conf"))
     assert bad(list(of_cluster(replace(SETTING, scheduler="LSF"), known, section))) == []
@@ -370,7 +372,10 @@ def test_memory_in_another_unit_than_the_site_s_is_a_problem() -> None:
 def test_options_of_a_pool_s_workers_stand_below_those_of_the_pool() -> None:
     section = Section(("dask", "pool", "slurm"), frozenset({"max_array"}))
 
-    assert section.lines(max_array=5) == ("dask:", "  pool:", "    slurm:", "      max_array: 5")
+    assert section.lines(section.options(max_array=5)) == [
+        *("dask:", "  pool:", "    slurm:", "      max_array: 5")
+    ]
+    assert section.options(max_arrays=5) == {}
 
 
 def test_the_probe_s_own_process_is_this_one_only_on_this_boot() -> None:
