@@ -13,8 +13,8 @@ import os
 import stat
 import threading
 import time
-import zlib
-from dataclasses import fields, replace
+from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fractal_runner.worker import processes
@@ -36,6 +36,7 @@ from fractal_runner.worker.spec import (
 )
 from fractal_runner.worker.station import GivenUp, UnitLost, Wanted, station_for
 from fractal_runner.worker.stop import POLL_S, StopRequest
+from fractal_runner.worker.unit_records import end_of, process_of, start_of
 
 if TYPE_CHECKING:
     from fractal_runner.worker.warm import WarmChild
@@ -51,12 +52,11 @@ __all__ = [
 
 LOG_TAIL_CHARS = 20_000
 
-_INLINE_OUTPUT_CHARS = 65_536
 _BRIEF_S = 0.01
 _FIRST_SAMPLE_S = 0.05
 _LEFTOVER_GRACE_S = 2.0
+_WRITE_NEW = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC
 _KILL_WAIT_S = 10.0
-_RECORDED = tuple(field.name for field in fields(UnitResult) if field.name not in ("key", "digest", "output"))
 _local = threading.local()
 _running: set[str] = set()  # keys of the units that run in this process
 _encode = encoder(allow_nan=False)
@@ -92,7 +92,7 @@ def _run_unit(spec: UnitSpec) -> UnitResult:
         return _not_started(spec, CANCELLED, f"{stop.reason()} This unit had not started.")
     try:
         ledger = own_ledger(f"{spec.run_dir}/{EVIDENCE_DIR}", spec.run_id, spec.coordinator, spec.epoch)
-        ledger.append(_start_record(spec))
+        ledger.write(start_of(spec))
     except OSError as error:
         return _not_started(spec, LAUNCH_FAILED, f"Cannot record the start of the unit: {error}.")
     # Recorded first, looked then; who takes over raises the fence first and reads then: one of the two
@@ -105,7 +105,7 @@ def _run_unit(spec: UnitSpec) -> UnitResult:
     else:
         result, text = _run_function(spec, stop)
     try:
-        ledger.append(_end_record(spec, result, text))
+        ledger.write(end_of(spec, result, text))
     except OSError as error:
         # The result is known here, and the coordinator records what it is told.
         result = _with_note(result, f"The unit's end could not be recorded where it ran: {error}.")
@@ -162,8 +162,7 @@ def _run_command(
 ) -> tuple[UnitResult, str | None]:
     """The result, and the text of what the unit left."""
     try:
-        _write_args(spec)
-        _remove(spec.out_file)
+        _prepare_files(spec)
     except OSError as error:
         return _not_started(spec, LAUNCH_FAILED, f"Cannot write the unit's files: {error}."), None
     parent_peak = processes.own_peak_rss()
@@ -371,41 +370,13 @@ def _not_executed(spec: UnitSpec, word: str, error: OSError, started: float) -> 
     )
 
 
-def _start_record(spec: UnitSpec) -> dict[str, Any]:
-    record = {"kind": "start", "key": spec.key, "time": time.time()}
-    if spec.digest:
-        record["digest"] = spec.digest
-    return record
-
-
 def _record_process(ledger: Ledger, spec: UnitSpec, pid: int, since: int) -> str | None:
     """Record the identity of the unit's process; why it could not be, if so."""
     try:
-        # On the host and since the boot that the ledger's first record names. That it started between two
-        # ticks of the clock tells it from any other process of this pid, and costs no look at /proc.
-        ticks = [since, processes.ticks_since_boot()]
-        ledger.append({"kind": "process", "key": spec.key, "pid": pid, "start_ticks": ticks})
+        ledger.write(process_of(spec, pid, since))
     except OSError as error:
         return f"The unit's process id could not be recorded: {error}."
     return None
-
-
-def _end_record(spec: UnitSpec, result: UnitResult, text: str | None) -> dict[str, Any]:
-    """What the ledger says of the unit's end: all that is known, but large output by file and checksum."""
-    record = {
-        name: value
-        for name in _RECORDED
-        if (value := getattr(result, name)) is not None and value != "" and value is not False
-    }
-    if text is not None:
-        if spec.command is not None and len(text) > _INLINE_OUTPUT_CHARS:
-            checksum = zlib.crc32(text.encode())
-            # The run's directory may have another path where this is read.
-            file = spec.out_file.removeprefix(f"{spec.run_dir}/")
-            record["output"] = {"file": file, "chars": len(text), "crc32": checksum}
-        else:
-            record["output"] = {"json": text}
-    return {"kind": "end", "key": spec.key, "result": record}
 
 
 def _with_note(result: UnitResult, note: str) -> UnitResult:
@@ -426,25 +397,30 @@ def _environment(spec: UnitSpec) -> Environment:
     return environment
 
 
-def _write_args(spec: UnitSpec) -> None:
+def _prepare_files(spec: UnitSpec) -> None:
+    """Write the args file, and see to it that there is no out file."""
     data = _encode(spec.args).encode()
-    fd = os.open(spec.args_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    path = spec.args_file
     try:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(fd, view) :]
+        fd = os.open(path, _WRITE_NEW | os.O_EXCL, 0o644)
+        # Where nothing was but what units have left, and no execution of this one was before, there is no
+        # out file. A job that is started again executes its units once more: they find their args file.
+        is_clear = spec.is_folder_new
+    except FileExistsError:
+        fd = os.open(path, _WRITE_NEW | os.O_TRUNC, 0o644)
+        is_clear = False
+    try:
+        written = os.write(fd, data)
+        while written < len(data):
+            written += os.write(fd, memoryview(data)[written:])
     except OSError as error:
-        error.filename = spec.args_file  # write(2) knows only the descriptor
+        error.filename = path  # write(2) knows only the descriptor
         raise
     finally:
         os.close(fd)
-
-
-def _remove(path: str) -> None:
-    try:
-        os.unlink(path)
-    except FileNotFoundError:
-        return
+    if not is_clear:
+        with suppress(FileNotFoundError):
+            os.unlink(spec.out_file)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -57,7 +57,11 @@ class Ledger:
         Raises:
             OSError: if it could not be written whole; what was written of it is taken back.
         """
-        frame_bytes = frame(_encode(record).encode())
+        self.write(_encode(record))
+
+    def write(self, text: str) -> None:
+        """Write one record that is JSON text already. Raises as `append`."""
+        frame_bytes = frame(text.encode())
         written = os.write(self._fd, frame_bytes)
         if written < len(frame_bytes):
             os.ftruncate(self._fd, os.fstat(self._fd).st_size - written)

@@ -28,6 +28,7 @@ _LONGEST_PAUSE_S = 0.1
 _KILL_WAIT_S = 2.0
 _COUNTING_ERROR = 4 << 20
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+_BOOT_CLOCK: int | None = getattr(time, "CLOCK_BOOTTIME", None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +65,12 @@ def host_name() -> str:
     return os.uname().nodename
 
 
+@functools.cache
 def node_name() -> str:
-    """This host as a batch system calls it, where a job has said so; a node may have several names."""
+    """This host as a batch system calls it, where a job has said so; a node may have several names.
+
+    Looked up once: a job says so before its first unit.
+    """
     return os.environ.get(NODE_VARIABLE) or host_name()
 
 
@@ -82,8 +87,7 @@ def start_ticks(pid: int) -> int | None:
 
 def ticks_since_boot() -> int:
     """Now, in the clock ticks that `start_ticks` counts in; 0 where there is no such clock."""
-    clock = getattr(time, "CLOCK_BOOTTIME", None)
-    return 0 if clock is None else int(time.clock_gettime(clock) * _TICKS_PER_S)
+    return 0 if _BOOT_CLOCK is None else int(time.clock_gettime(_BOOT_CLOCK) * _TICKS_PER_S)
 
 
 def signal_name(number: int) -> str:
@@ -358,10 +362,12 @@ class Child:
         self.usage: resource.struct_rusage | None = None
         self._fd = -1
         if hasattr(os, "pidfd_open"):
-            with contextlib.suppress(OSError):
+            try:
                 self._fd = os.pidfd_open(pid)
-                self._poll = select.poll()
-                self._poll.register(self._fd, select.POLLIN)
+            except OSError:
+                return  # a kernel without them
+            self._poll = select.poll()
+            self._poll.register(self._fd, select.POLLIN)
 
     def wait(self, seconds: float) -> bool:
         """Whether it has ended, waiting for up to `seconds`; then it has been reaped."""

@@ -20,6 +20,7 @@ from typing import Any
 _DEFAULT_SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 WRITE_LOG = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 LOG_MODE = 0o644
+_DEVNULL = os.devnull.encode()
 
 # <spawn.h>, the same numbers in glibc, musl and on macOS.
 _SETPGROUP, _SETSIGDEF, _SETSIGMASK = 0x02, 0x04, 0x08
@@ -39,15 +40,19 @@ class Environment:
     Not to be used by two threads at a time.
     """
 
-    __slots__ = ("array", "targets", "variables", "varying")
+    __slots__ = ("actions", "array", "pid", "targets", "variables", "varying")
 
     def __init__(self, variables: Mapping[bytes, bytes], varying: bytes) -> None:
         self.varying = varying
         self.targets: dict[Any, Any] = {}  # whatever is found out once for all commands that share it
         self.variables = {name: value for name, value in variables.items() if name != varying}
         entries = [b"%s=%s" % pair for pair in self.variables.items()]
-        _expect_no_nul(b"".join(entries), "the environment")
+        if b"\0" in b"".join(entries):
+            raise _nul_in("the environment")
         self.array = (ctypes.c_char_p * (len(entries) + 2))(*entries, None, None)
+        # What the C library fills in for each command: made once.
+        self.actions = ctypes.create_string_buffer(_OPAQUE_BYTES)
+        self.pid = ctypes.c_int()
 
 
 def spawn(words: Sequence[str], environment: Environment, value: bytes, log_file: str) -> int:
@@ -66,20 +71,22 @@ def spawn(words: Sequence[str], environment: Environment, value: bytes, log_file
         OSError: if the program cannot be executed or the log not be opened: posix_spawn(3) does not tell
             which. EINVAL if a word holds a NUL character.
     """
-    encoded = [os.fsencode(word) for word in words]
-    _expect_no_nul(b"".join(encoded) + value, "the words of a command")
+    # All of them at once, which is four times as fast as one by one: what the C library is given ends with
+    # a NUL anyway, and there must be no other.
+    encoded = os.fsencode("\0".join(words)).split(b"\0")
+    if len(encoded) > len(words) or b"\0" in value:
+        raise _nul_in("the words of a command")
     library = _library()
     if library is None:
         return _spawn_by_os(words, environment, value, log_file)
     prepare = ctypes.pythonapi  # for what cannot block: its functions are called without a change of thread
     arguments = (ctypes.c_char_p * (len(encoded) + 1))(*encoded, None)
     environment.array[len(environment.array) - 2] = b"%s=%s" % (environment.varying, value)
-    actions = ctypes.create_string_buffer(_OPAQUE_BYTES)
-    pid = ctypes.c_int()
+    actions, pid = environment.actions, environment.pid
     _checked(prepare.posix_spawn_file_actions_init(actions))
     try:
         add_open = prepare.posix_spawn_file_actions_addopen
-        _checked(add_open(actions, 0, os.devnull.encode(), os.O_RDONLY, 0))
+        _checked(add_open(actions, 0, _DEVNULL, os.O_RDONLY, 0))
         _checked(add_open(actions, 1, os.fsencode(log_file), WRITE_LOG, LOG_MODE))
         _checked(prepare.posix_spawn_file_actions_adddup2(actions, 1, 2))
         code = library.posix_spawnp(
@@ -137,10 +144,9 @@ def _attributes() -> ctypes.Array[ctypes.c_char]:
     return attributes
 
 
-def _expect_no_nul(data: bytes, where: str) -> None:
+def _nul_in(where: str) -> OSError:
     # To the C library it is the end of the text.
-    if b"\0" in data:
-        raise OSError(errno.EINVAL, f"There is a NUL character in {where}")
+    return OSError(errno.EINVAL, f"There is a NUL character in {where}")
 
 
 def _checked(code: int) -> None:

@@ -107,6 +107,8 @@ class UnitSpec(_Travelling):
         epoch: which of the run's coordinators that is: 1 for the first, one more for each that resumes it.
         digest: of its command and arguments, recorded with its start; "" for none.
         warm: how its command may be started warm; None if it is to be started cold.
+        is_folder_new: whether the coordinator that made this spec has itself made the folder, so that
+            nothing is in it but what units of this stage have left.
     """
 
     key: str
@@ -124,6 +126,7 @@ class UnitSpec(_Travelling):
     epoch: int = 1
     digest: str = ""
     warm: WarmStart | None = None
+    is_folder_new: bool = False
 
     @property
     def args_file(self) -> str:

@@ -70,7 +70,7 @@ class StageRun:
             reasons = "; ".join(first.reduced)
             conditions.logger.warning("%s: %s: its units get what there is", title(stage.task), reasons)
         self._submitters: dict[tuple[int, tuple[str, ...]], Submitter] = {(0, ()): first}
-        self._place = Place(
+        place = Place(
             stage=stage,
             count=len(urls),
             run_id=conditions.run_id,
@@ -88,6 +88,7 @@ class StageRun:
                 keeps_workers=conditions.executors.keeps_workers(self._executor_name),
             ),
         )
+        self._place = replace(place, are_folders_new=make_folders(place))
         self._explain = Explain(self._place)
         self._watch = Watch(self._place, conditions)
         self._dispatch: Dispatch | None = None
@@ -97,7 +98,6 @@ class StageRun:
         self._no_more = False  # nothing starts any more
         self._told: set[str] = set()  # why units start cold
         self._problem: HistoryError | None = None
-        make_folders(self._place)
 
     def wake(self) -> None:
         """Look at once whether the run was cancelled. The one method for other threads."""
@@ -392,19 +392,29 @@ def check_program(stage: Stage, executors: Executors) -> None:
         raise TaskExecutionError(problem)
 
 
-def make_folders(place: Place) -> None:
+def make_folders(place: Place) -> bool:
     """Make the folders of a stage's files.
+
+    Returns:
+        Whether none of them was there.
 
     Raises:
         JobExecutionError: if one cannot be made.
     """
+    are_new = True
     try:
         for folder in place.folders():
-            folder.mkdir(exist_ok=True)
+            try:
+                folder.mkdir()
+            except FileExistsError:
+                if not folder.is_dir():
+                    raise
+                are_new = False
     except OSError as error:
         raise JobExecutionError(
             f"The run cannot go on: the folder {error.filename} cannot be made: {error.strerror}."
         ) from error
+    return are_new
 
 
 def _first_line(text: str) -> str:

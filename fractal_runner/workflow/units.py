@@ -121,6 +121,7 @@ class Place:
         epoch: which of the run's coordinators this is.
         grace_s: seconds between TERM and KILL.
         warm: how its units may be started warm; None for a cold start.
+        are_folders_new: whether this coordinator has made its folders, all of them.
     """
 
     stage: Stage
@@ -133,6 +134,7 @@ class Place:
     epoch: int
     grace_s: float
     warm: WarmStart | None = None
+    are_folders_new: bool = False
 
     def folders(self) -> Iterator[Path]:
         """The directories that must be there, parents first."""
@@ -162,6 +164,7 @@ class Place:
             epoch=self.epoch,
             digest=unit.digest,
             warm=self.warm,
+            is_folder_new=self.are_folders_new,
         )
 
     @property

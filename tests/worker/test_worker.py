@@ -13,7 +13,7 @@ import sys
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,13 @@ def test_an_out_file_of_an_earlier_try_is_removed_first(spec: Make) -> None:
     unit = spec('test ! -e "$4" && echo null > "$4"')
     Path(unit.out_file).write_text("{}")
 
+    assert run_unit(unit).succeeded
+
+
+def test_an_out_file_is_removed_when_a_unit_is_executed_again_in_a_folder_that_was_new(spec: Make) -> None:
+    unit = spec('test ! -e "$4" && echo null > "$4"', is_folder_new=True)
+
+    assert run_unit(unit).succeeded
     assert run_unit(unit).succeeded
 
 
@@ -237,6 +244,30 @@ def test_a_worker_takes_back_what_its_predecessor_was_writing_when_it_died(spec:
     run_unit(replace(unit, epoch=2))
 
     assert [record["kind"] for record in records(unit)] == ["worker", "start", "end"] * 2
+
+
+@pytest.mark.parametrize(
+    "shell",
+    [
+        "true",
+        "exit 3",
+        "kill -9 $$",
+        'echo "{}" > "$4"',
+        'echo "{" > "$4"',
+        "python3 -c 'b = bytes(1 << 28)'",
+    ],
+)
+def test_an_end_is_recorded_with_all_that_the_result_tells(spec: Make, shell: str) -> None:
+    unit = spec(shell, digest="abc")
+
+    result = run_unit(unit)
+
+    recorded = records(unit)[-1]["result"]
+    recorded.pop("output", None)
+    told = {name: value for name, value in asdict(result).items() if value is not None and value is not False}
+    assert recorded == {
+        name: value for name, value in told.items() if value != "" and name not in ("key", "digest", "output")
+    }
 
 
 def test_large_output_is_recorded_by_its_checksum(spec: Make) -> None:
