@@ -79,7 +79,11 @@ class Session:
             if not self.is_open:
                 raise RuntimeError(f"the session has ended: it gives no executor {name!r} any more")
             if name not in self._made:
-                self._made[name] = self._fresh(name)
+                executor = self._fresh(name)
+                if not self.is_open:  # by its own start: nobody else will shut it down
+                    self._shut_down(name, executor, lambda one: one.shutdown(wait=False))
+                    raise RuntimeError(f"the start of the executor {name!r} has ended the session")
+                self._made[name] = executor
             return self._made[name]
 
     def names(self) -> list[str]:
@@ -96,8 +100,18 @@ class Session:
         self._end(lambda executor: executor.shutdown(wait=wait, cancel_futures=cancel_futures))
 
     def __enter__(self) -> Self:
-        self._around = current()
-        self._token = _current.set(self)
+        """Open it for this context.
+
+        Raises:
+            RuntimeError: if it has been entered already, or has ended: a session is opened once.
+        """
+        with self._lock:
+            if not self.is_open:
+                raise RuntimeError("the session has ended: open a new one, by session()")
+            if self._token is not None:  # else it would be around itself, and `current` would find no end
+                raise RuntimeError("the session is open already: use it as it is, or open another inside it")
+            self._around = current()
+            self._token = _current.set(self)
         return self
 
     def __exit__(

@@ -205,6 +205,32 @@ def test_ctrl_c_in_the_body_cancels_what_has_not_started() -> None:
 # Its configuration
 
 
+def test_a_session_is_opened_once() -> None:
+    opened = session()
+    with opened:
+        with pytest.raises(RuntimeError, match="is open already: use it as it is"), opened:
+            pass
+        assert sessions.current() is opened  # still, and its executors are there
+        assert opened["a"].submit(abs, -1).result(PATIENCE_S) == 1
+    assert sessions.current() is None
+    with pytest.raises(RuntimeError, match="the session has ended: open a new one"), opened:
+        pass
+
+
+def test_an_executor_whose_start_ends_the_session_is_shut_down() -> None:
+    class Ender(Noted):
+        def start(self, session: Session) -> None:
+            session.close()
+
+    register("ender", Ender)
+    with (
+        session() as opened,
+        pytest.raises(RuntimeError, match="the start of the executor 'ender' has ended"),
+    ):
+        opened["ender"]
+    assert Noted.story == ["make a", "end a"]
+
+
 def test_overrides_count_over_the_configuration() -> None:
     configure("executor: process\nthread: {max_workers: 2}\nbatch: {partition: main}\ndefaults: {cpus: 2}\n")
 
