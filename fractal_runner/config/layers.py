@@ -218,6 +218,8 @@ def _checked_file(file: LayerFile, root: Section, findings: Findings) -> Table:
         if file.named:
             by = f", and {file.by} names it" if file.by else ""
             found.add(origin, "", f"there is no such file{by}")
+        elif file.path.is_symlink():
+            found.add(origin, "", "it is a link that leads nowhere")
     except OSError as error:
         found.add(origin, "", f"it cannot be read: {error.strerror}")
     if table is not None:
@@ -245,9 +247,9 @@ def _project_file(start: str | os.PathLike[str] | None) -> Path:
         here = here.parent
     for directory in (here, *here.parents):
         file = directory / PROJECT_FILE
-        # Not `exists`: one that cannot be looked at is there, and reading it says what is wrong.
+        # Not `exists`: one that cannot be read, or leads nowhere, is there: reading it says what is wrong.
         try:
-            file.stat()
+            file.lstat()
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError:

@@ -8,7 +8,9 @@ that a number which begins with a needless 0 is text: an account "0123" is not t
 from __future__ import annotations
 
 import math
+import os
 import re
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ REPLACE = "!replace"
 
 _CORE = "tag:yaml.org,2002:"
 _STR, _SEQ, _MAP = f"{_CORE}str", f"{_CORE}seq", f"{_CORE}map"
+_LARGEST = 4_000_000  # bytes of a file: one that is read may be a device, which never ends
 _MOST = 100_000  # values in a file: aliases of aliases can stand for more than any memory holds
 
 
@@ -99,7 +102,10 @@ def read_file(path: Path, layer: str, findings: Findings) -> Table | None:
     Raises:
         OSError: if there is no such file, or it cannot be read.
     """
-    data = path.read_bytes()
+    data, problem = _bytes_of(path)
+    if problem:
+        findings.add(Origin(layer, str(path)), "", problem)
+        return None
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -107,6 +113,25 @@ def read_file(path: Path, layer: str, findings: Findings) -> Table | None:
         findings.add(Origin(layer, str(path), line), "", f"it is not UTF-8 text: {error.reason}")
         return None
     return read_text(text, layer, str(path), findings)
+
+
+def _bytes_of(path: Path) -> tuple[bytes, str]:
+    """What a file holds, and why that is not to be taken; "" if it is.
+
+    A pipe may be given where a file is named, but nobody is waited for who does not write to it: a directory
+    that somebody else has made can have one in it.
+    """
+    with open(path, "rb", opener=_opened_at_once) as file:
+        os.set_blocking(file.fileno(), True)
+        data = file.read(_LARGEST + 1)
+        if len(data) > _LARGEST:
+            return b"", f"it has more than {_LARGEST:,} bytes: no configuration has"
+        is_pipe = stat.S_ISFIFO(os.fstat(file.fileno()).st_mode)
+        return data, "it is a pipe that nobody writes to" if is_pipe and not data else ""
+
+
+def _opened_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def read_text(text: str, layer: str, source: str, findings: Findings) -> Table | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -415,6 +416,33 @@ def test_a_file_that_cannot_be_read(layers: Layers) -> None:
     layers.files["site"].mkdir(parents=True)
 
     assert layers.mistakes() == ["home/fractal-runner/site.yaml: it cannot be read: Is a directory"]
+
+
+def test_a_file_that_never_ends(layers: Layers) -> None:
+    layers.write("site", "").unlink()
+    layers.files["site"].symlink_to("/dev/zero")
+
+    [said] = layers.mistakes()
+
+    assert said == "home/fractal-runner/site.yaml: it has more than 4,000,000 bytes: no configuration has"
+
+
+def test_a_pipe_that_nobody_writes_to_is_not_waited_for(layers: Layers) -> None:
+    os.mkfifo(layers.write("project", "").with_name("pipe"))
+    (layers.files["project"].parent / "pipe").replace(layers.files["project"])
+
+    assert layers.mistakes() == [f"{P}: it is a pipe that nobody writes to"]
+
+
+def test_a_link_that_leads_nowhere_is_no_file_that_is_not_there(layers: Layers) -> None:
+    for layer in ("site", "project"):
+        layers.write(layer, "").unlink()
+        layers.files[layer].symlink_to("/nowhere/shared.yaml")
+
+    assert layers.mistakes() == [
+        "home/fractal-runner/site.yaml: it is a link that leads nowhere",
+        "project/.fractal-runner/config.yaml: it is a link that leads nowhere",
+    ]
 
 
 def test_a_file_that_is_not_utf_8(layers: Layers) -> None:
