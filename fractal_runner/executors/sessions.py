@@ -79,11 +79,7 @@ class Session:
             if not self.is_open:
                 raise RuntimeError(f"the session has ended: it gives no executor {name!r} any more")
             if name not in self._made:
-                executor = self._fresh(name)
-                if not self.is_open:  # by its own start: nobody else will shut it down
-                    self._shut_down(name, executor, lambda one: one.shutdown(wait=False))
-                    raise RuntimeError(f"the start of the executor {name!r} has ended the session")
-                self._made[name] = executor
+                self._made[name] = self._fresh(name)
             return self._made[name]
 
     def names(self) -> list[str]:
@@ -138,6 +134,8 @@ class Session:
             if start is not None:
                 try:
                     start(self)
+                    if not self.is_open:
+                        raise RuntimeError(f"the start of the executor {name!r} has ended the session")
                 except BaseException:  # whatever it is: nobody else will shut it down
                     self._shut_down(name, executor, lambda one: one.shutdown(wait=False))
                     raise
