@@ -84,8 +84,7 @@ def _entry(name: str, by: str, options: Mapping[str, Any]) -> Entry:
         return Entry(name, by, "", str(error))
     said = [word for attribute, word in _ABILITIES if getattr(factory, attribute, False) is True]
     known = isinstance(factory, type) and hasattr(factory, _ABILITIES[0][0])
-    unusable = getattr(factory, "unusable", None)
-    problem = unusable(options) if callable(unusable) else None
+    problem = factories.unusable(name, options)
     missing = factories.missing_of(factory, options)
     if problem is None and (missing := [one for one in missing if one not in _OFFERED]):
         problem = f"the configuration has to say {' and '.join(f'{name}.{one}' for one in missing)}"

@@ -7,6 +7,7 @@ above hand sections in; nothing here knows what they are sections of.
 from __future__ import annotations
 
 import collections.abc
+import inspect
 import json
 import os
 import types
@@ -275,6 +276,8 @@ def _check_scalar(node: Scalar, expected: Takes, key: str, findings: Findings) -
             expected.parse(value)
         except ValueError as error:
             findings.add(node.origin, key, str(error))
+        except Exception as error:  # of another package's own check, which is wrong itself
+            findings.add(node.origin, key, f"{value!r} is not what it takes: {type(error).__name__}: {error}")
 
 
 def _wrong_type(node: Scalar, expected: Takes) -> str:
@@ -331,14 +334,33 @@ def _annotated(arguments: tuple[Any, ...]) -> Takes | None:
     for extra in arguments[1:]:
         if isinstance(extra, Keyed):
             return replace(found, values=None, section=extra.section)
-        if callable(extra):
+        if callable(extra) and _takes_one(extra):
             return replace(found, parse=extra)
     return found
 
 
+def _takes_one(called: Callable[..., object]) -> bool:
+    """Whether this can be called with one value; a class that only marks a type can often not."""
+    try:
+        inspect.signature(called).bind(None)
+    except TypeError:
+        return False
+    except ValueError:  # of what is not written in Python, such as int
+        return True
+    return True
+
+
 def _section_of(typed: Any) -> Section:
-    hints = get_type_hints(typed, include_extras=True)
+    hints = hints_of(typed)
     return Section({name: one for name, hint in hints.items() if (one := takes(hint)) is not None})
+
+
+def hints_of(typed: Any) -> dict[str, Any]:
+    """The types of a TypedDict's keys; `Any` for all, if one is only there for those who check types."""
+    try:
+        return get_type_hints(typed, include_extras=True)
+    except Exception:  # whatever an expression can raise: it only means that the types are not known
+        return dict.fromkeys((*typed.__required_keys__, *typed.__optional_keys__), Any)
 
 
 def _plural(expected: Takes) -> str:

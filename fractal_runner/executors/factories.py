@@ -150,6 +150,27 @@ def previewer(name: str, options: Mapping[str, Any]) -> Previewer | None:
     return None
 
 
+def unusable(name: str, options: Mapping[str, Any]) -> str | None:
+    """Why the executor of this name cannot be used here; None if nothing is known against it.
+
+    Args:
+        name: its registered name.
+        options: what the configuration says of it.
+
+    Raises:
+        ValueError: if the name is unknown, or what bears it cannot be had.
+    """
+    factory = factory_of(name)
+    ask = getattr(factory, "unusable", None)
+    if not callable(ask):
+        return None
+    try:
+        problem = ask(options)
+    except Exception as error:  # of anybody's executor: its mistake must not hide what the others say
+        return f"it cannot tell whether it is usable: {type(error).__name__}: {error}"
+    return None if problem is None else str(problem)
+
+
 def is_told(name: str) -> bool:
     """Whether executors of this name are told when they start, if they want to be: not our own."""
     return name not in _PLACES
@@ -223,7 +244,7 @@ def parameters_of(factory: plugins.Factory) -> tuple[Collection[str], bool]:
     rest = [one for one in parameters.values() if one.kind is inspect.Parameter.VAR_KEYWORD]
     if not rest:
         return taken, False
-    with suppress(NameError):  # of types that are only there for those who check them
+    with suppress(Exception):  # whatever an annotation's text can raise: it only means it is not known
         for parameter in inspect.signature(factory, eval_str=True).parameters.values():
             if get_origin(parameter.annotation) is Unpack:
                 return taken + list(get_type_hints(get_args(parameter.annotation)[0])), False

@@ -93,7 +93,7 @@ def factory_of(name: str, known: Collection[str]) -> Factory:
     try:
         check_name(name)
         factory = offer.load()
-    except Exception as error:  # importing a package runs its own code
+    except (Exception, SystemExit) as error:  # importing a package runs its own code, which may even exit
         raise ValueError(
             f"the executor {name!r} of {offer.by} cannot be had: {offer.place}: "
             f"{type(error).__name__}: {error}"

@@ -252,10 +252,8 @@ class Executors:
         Raises:
             ValueError: if the name is unknown.
         """
-        ask = getattr(factory_of(name), "unusable", None)
         given = self._options if name == self.default else {}
-        problem = ask(self._config.options(name, given)) if callable(ask) else None
-        return None if problem is None else str(problem)
+        return factories.unusable(name, self._config.options(name, given))
 
     def _offered(self, name: str) -> dict[str, Any]:
         """What executors that are made here are given if they can use it, because of where the run is."""

@@ -11,11 +11,11 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, Unpack, get_args, get_origin, get_type_hints
+from typing import Any, Unpack, get_args, get_origin
 
 from fractal_runner import config
 from fractal_runner.config import Config
-from fractal_runner.config.keys import Section, Takes, takes
+from fractal_runner.config.keys import Section, Takes, hints_of, takes
 from fractal_runner.config.schema import SIZE
 from fractal_runner.executors import factories
 from fractal_runner.quantities import parse_count, parse_size, parse_time
@@ -147,7 +147,7 @@ def section_of(factory: Callable[..., Any], other_words: Mapping[str, str] | Non
         elif parameter.kind is inspect.Parameter.VAR_KEYWORD:
             if get_origin(parameter.annotation) is Unpack:
                 typed = get_args(parameter.annotation)[0]
-                for key, annotation in get_type_hints(typed, include_extras=True).items():
+                for key, annotation in hints_of(typed).items():
                     add(key, annotation)
             else:
                 others = Takes(anything=True)

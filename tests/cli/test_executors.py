@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
@@ -105,8 +105,16 @@ def test_others_are_listed_with_who_offers_them(tmp_path: Path, monkeypatch: pyt
     register("made", made)
     register("needs", needs)
 
+    class Unsure(ThreadExecutor):
+        @classmethod
+        def unusable(cls, options: Mapping[str, Any]) -> str | None:
+            raise KeyError("site")
+
+    register("unsure", Unsure)
+
     assert line_of("own") == "own register() in this process asynchronous usable"
     assert line_of("made") == "made register() in this process known once it is made usable"
+    assert line_of("unsure").endswith("it cannot tell whether it is usable: KeyError: 'site'")
     assert line_of("needs").endswith("the configuration has to say needs.address")
     assert "both package alpha 1.0 and package beta 1.0 the executor 'both' is offered by" in line_of("both")
     assert "broken package beta 1.0 the executor 'broken' of package beta 1.0 cannot be had" in line_of(

@@ -255,6 +255,7 @@ def test_a_package_cannot_take_a_name_of_ours(site: Any, caplog: pytest.LogCaptu
         ("alpha:makes", "make = dict", "cannot be had: alpha:makes: AttributeError"),
         ("alpha:make", "make = 7", "cannot be made: alpha:make is 7"),
         ("alpha:make", "1/0", "cannot be had: alpha:make: ZeroDivisionError"),
+        ("alpha:make", "raise SystemExit(3)", "cannot be had: alpha:make: SystemExit: 3"),
     ],
 )
 def test_a_broken_package_is_named_when_its_name_is_used(

@@ -141,6 +141,43 @@ def test_types_that_are_not_there_at_run_time_are_not_checked() -> None:
     assert not fits(section.keys["memory"], "4X")
 
 
+class Unresolved(TypedDict, total=False):
+    """Options of a package, one of whose types is only there for those who check types."""
+
+    place: NotThere  # type: ignore[name-defined]  # noqa: F821
+    count: int
+
+
+class Marker:
+    """Says something of a type, and is no check."""
+
+
+def odd(value: Any) -> None:
+    raise KeyError(value)
+
+
+def test_the_types_of_another_package_harm_nobody() -> None:
+    def strange(
+        *,
+        marked: Annotated[int, Marker] = 1,
+        path: Annotated[str, Path] = "/",
+        checked: Annotated[int, odd] = 1,
+        inner: Unresolved | None = None,
+        **more: Unpack[Unresolved],
+    ) -> None: ...
+
+    section = section_of(strange)
+
+    assert section.keys["place"].anything
+    assert section.keys["count"].anything
+    assert fits(section.keys["inner"], "{place: /here, count: 2}")
+    assert not fits(section.keys["inner"], "{places: /here}")
+    assert fits(section.keys["marked"], "2")
+    assert not fits(section.keys["marked"], "two")
+    assert fits(section.keys["path"], "/tmp")
+    assert not fits(section.keys["checked"], "2")  # its check is wrong in itself, which is told
+
+
 def test_a_factory_that_takes_whatever_it_is_given_is_not_checked() -> None:
     def takes_all(**options: Any) -> None: ...
 
