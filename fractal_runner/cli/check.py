@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fractal_runner.cli.wording import row
-from fractal_runner.config import Config
+from fractal_runner.config import RESOURCE_CLASS, Config, UnitLayer
 from fractal_runner.errors import InputFileError
 from fractal_runner.executors import factories, registry
 from fractal_runner.workflow import plan
@@ -75,6 +75,7 @@ def check_run(
     before = len(findings.mistakes)
     executors = _executors(config, findings, None if dry_run is None else dry_run.directory)
     config_is_right = len(findings.mistakes) == before
+    layers = executors.unit_layers if config_is_right else partial(_layers_without_classes, executors)
     if dry_run is not None:
         dry_run.begin(executors, findings)
     check_filters = partial(plan.check_filters, has_history=has_history)
@@ -90,7 +91,7 @@ def check_run(
     for position in positions:
         task = flow.task_list[position]
         in_force = findings.attempt(plan.filters_for, task, types)
-        stages = findings.attempt(stages_of, task, executors.unit_layers)
+        stages = findings.attempt(stages_of, task, layers)
         selected = None
         if images is not None and in_force is not None and (previous is None or task.task.is_converter):
             selected = plan.select(task, images, in_force, attributes)
@@ -120,6 +121,12 @@ def _executors(
         findings.mistakes += error.problems  # which name their files
     executors = findings.attempt(partial(registry.Executors, None, config=found, directory=directory))
     return executors if executors is not None else registry.Executors(registry.DEFAULT, config=found)
+
+
+def _layers_without_classes(executors: registry.Executors, *metas: Mapping[str, Any]) -> Iterable[UnitLayer]:
+    """What metas say by themselves: which classes a configuration would have that is wrong, nobody knows."""
+    task, workflow_task = ({k: v for k, v in meta.items() if k != RESOURCE_CLASS} for meta in metas)
+    return executors.unit_layers(task, workflow_task)
 
 
 def _check_stages(stages: list[Stage], findings: Findings) -> None:

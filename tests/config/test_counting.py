@@ -288,6 +288,19 @@ def test_check_tells_the_configurations_mistakes_among_the_others(
     assert answer.output.count("mistake: ") == 2
 
 
+def test_classes_of_a_configuration_that_is_wrong_elsewhere_are_not_missed(
+    layers: Layers, cli: Callable[..., Result]
+) -> None:
+    layers.write("project", "resource_classes: {large: {cpus: 2}}\nthread: {max_worker: 2}\n")
+    named = {"task": {"name": "T", "command_parallel": "true"}, "meta_parallel": {"resource_class": "large"}}
+    Path("w.json").write_text(json.dumps({"name": "w", "task_list": [named]}))
+
+    answer = cli("check", "w.json", "--dataset", "d.json")
+
+    assert answer.exit_code == 2
+    assert answer.output.count("mistake: ") == 1, answer.output
+
+
 # In a resume
 
 
