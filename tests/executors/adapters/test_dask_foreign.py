@@ -16,19 +16,21 @@ from distributed.utils import offload
 from fractal_runner.errors import ExecutorError
 from fractal_runner.executors.adapters.dask import DaskExecutor
 from fractal_runner.testing import PATIENCE_S, ExecutorConformance, Gate, wait_until
+from tests.executors.adapters.conftest import Turn
 from tests.executors.adapters.knowing import assert_calls_know_what_they_are
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cluster() -> Iterator[LocalCluster]:
+def cluster(own_turn: Turn) -> Iterator[LocalCluster]:
     """Two workers of many threads: calls that were left running keep theirs. From before what looks for
     things that a module of tests leaves behind: it stays."""
-    made = LocalCluster(  # type: ignore[no-untyped-call]
-        n_workers=2,
-        threads_per_worker=16,
-        dashboard_address=None,
-        resources={"CPU": 16, "GPU": 1},
-    )
+    with own_turn():
+        made = LocalCluster(  # type: ignore[no-untyped-call]
+            n_workers=2,
+            threads_per_worker=16,
+            dashboard_address="127.0.0.1:0",
+            resources={"CPU": 16, "GPU": 1},
+        )
     asyncio.run(offload(int))  # the thread that takes large messages apart, which Dask keeps
     yield made
     made.close()

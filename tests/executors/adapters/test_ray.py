@@ -32,14 +32,14 @@ pytestmark = [
 
 
 @pytest.fixture(scope="session", autouse=True)
-def settled(ray_has_settled: None) -> None:
+def settled(first_ray: list[RayExecutor]) -> None:
     """Before what looks for things that a module of tests leaves behind."""
 
 
-@pytest.fixture(scope="module")
-def instance(settled: None) -> Iterator[RayExecutor]:
-    with RayExecutor(2, max_memory="1GB", object_store_memory="100MB") as executor:
-        yield executor
+@pytest.fixture
+def instance(ray_instance: RayExecutor) -> RayExecutor:
+    """Keeps the instance, whose calls nobody else's are."""
+    return ray_instance
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ pytestmark = [
 
 
 @pytest.fixture(scope="session", autouse=True)
-def settled(ray_has_settled: None) -> None:
+def settled(first_ray: list[RayExecutor]) -> None:
     """Before what looks for things that a module of tests leaves behind."""
 
 

@@ -62,7 +62,7 @@ Start = Callable[[str], "subprocess.Popen[str]"]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def settled(ray_has_settled: None) -> None:
+def settled(first_ray: list[RayExecutor]) -> None:
     """Before what looks for things that a module of tests leaves behind."""
 
 
