@@ -7,8 +7,9 @@ imported before its name is used, so one that is broken harms no other.
 from __future__ import annotations
 
 import functools
+import logging
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from importlib import metadata
@@ -18,6 +19,8 @@ from fractal_runner.errors import did_you_mean
 GROUP = "fractal_runner.executors"  # of the entry points by which packages offer executors
 
 Factory = Callable[..., Executor]
+
+_logger = logging.getLogger("fractal_runner")
 
 # A name is a key of the configuration, and a folder's.
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9]*(?:[_-][A-Za-z0-9]+)*")
@@ -120,9 +123,34 @@ def _of_packages() -> tuple[Offer, ...]:
     """What installed packages offer; read once, as installing one takes a new process to count."""
     return tuple(
         Offer(point.name, f"package {point.dist.name} {point.dist.version}", point.value, point.load)
-        for point in metadata.entry_points(group=GROUP)
+        for point in _points()
         if point.dist is not None
     )
+
+
+def _points() -> Iterable[metadata.EntryPoint]:
+    try:
+        return metadata.entry_points(group=GROUP)
+    except Exception:  # whatever reading a package's broken file raises: it does not say which package's
+        return list(_points_of_each())
+
+
+def _points_of_each() -> Iterator[metadata.EntryPoint]:
+    """The entry points of each package by itself, without those of packages whose file is broken."""
+    seen: set[str] = set()
+    for package in metadata.distributions():
+        name = str(package.metadata["Name"])
+        if name in seen:  # the first one that Python finds is the one that is imported
+            continue
+        seen.add(name)
+        try:
+            yield from package.entry_points.select(group=GROUP)
+        except Exception as error:  # as above
+            place = package.locate_file("")
+            _logger.warning(
+                "the entry points of package %s in %s cannot be read: %s: %s",
+                *(name, place, type(error).__name__, error),
+            )
 
 
 def _who(found: Collection[Offer]) -> str:
@@ -130,5 +158,7 @@ def _who(found: Collection[Offer]) -> str:
 
 
 def _place_of(factory: object) -> str:
+    if isinstance(factory, functools.partial):
+        return f"partial of {_place_of(factory.func)}"
     named = factory if hasattr(factory, "__qualname__") else type(factory)
     return f"{named.__module__}:{getattr(named, '__qualname__', '')}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
 import subprocess
@@ -183,6 +184,10 @@ def test_a_name_is_given_once_but_the_same_thing_may_be_defined_again() -> None:
     with pytest.raises(ValueError, match=r"'own' is taken, by register\(\) in this process \(.*Cell\)"):
         register("own", Own)
 
+    register("part", functools.partial(Own, workers=2))
+    with pytest.raises(ValueError, match="'part' is taken"):
+        register("part", functools.partial(ThreadPoolExecutor, 2))
+
 
 def test_a_factory_that_makes_no_executor_is_told() -> None:
     register("own", dict)
@@ -269,6 +274,20 @@ def test_a_broken_package_is_named_when_its_name_is_used(
 
     assert message in str(caught.value)
     monkeypatch.delitem(sys.modules, "alpha", raising=False)
+
+
+def test_a_package_whose_entry_points_cannot_be_read_harms_no_other(
+    site: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    site("alpha", {"good": "alpha:make"}, "make = dict")
+    site("beta", {})
+    broken = tmp_path / "site" / "beta-1.0.dist-info" / "entry_points.txt"
+    broken.write_text(f"[{plugins.GROUP}]\nno equals sign\n")
+
+    assert [offer.by for offer in plugins.offers("good")] == ["package alpha 1.0"]
+    assert "thread" in factories.names()
+    [record] = caplog.records
+    assert f"the entry points of package beta in {tmp_path / 'site'} cannot be read" in record.getMessage()
 
 
 def test_a_name_that_a_package_offers_cannot_be_registered(site: Any) -> None:
