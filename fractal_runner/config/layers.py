@@ -20,7 +20,13 @@ from fractal_runner.config.keys import Section, Takes, check_section
 from fractal_runner.config.schema import CLASSES, EXECUTOR, RESERVED, Sections
 from fractal_runner.config.schema import root as root_of
 from fractal_runner.config.values import Findings, Mistake, Origin, Scalar, Table, empty, merge
-from fractal_runner.config.words import COMMAND_LINE, ENVIRONMENT, command_line_layer, environment_layer
+from fractal_runner.config.words import (
+    COMMAND_LINE,
+    ENVIRONMENT,
+    INSTALLATION_VARIABLE,
+    command_line_layer,
+    environment_layer,
+)
 from fractal_runner.config.yaml12 import read_file
 from fractal_runner.errors import InputFileError
 
@@ -30,7 +36,6 @@ SITE = "site"
 PROJECT = "project"
 LAYERS = (BUILT_IN, INSTALLATION, SITE, PROJECT, ENVIRONMENT, COMMAND_LINE)
 
-INSTALLATION_VARIABLE = "FRACTAL_RUNNER_INSTALL_CONFIG"
 PROJECT_FILE = Path(".fractal-runner") / "config.yaml"
 
 _APPLICATION = "fractal-runner"

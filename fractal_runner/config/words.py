@@ -6,6 +6,7 @@ Both are words that name one key each. What the key takes decides how its word i
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Collection, Iterable, Mapping
 
 from fractal_runner.config.keys import Section, Takes, accepts, check, section_of
@@ -28,6 +29,8 @@ COMMAND_LINE = "command line"
 
 PREFIX = "FRACTAL_RUNNER"
 EXECUTOR_VARIABLE = f"{PREFIX}_EXECUTOR"
+INSTALLATION_VARIABLE = f"{PREFIX}_INSTALL_CONFIG"
+_KNOWN = (EXECUTOR_VARIABLE, INSTALLATION_VARIABLE)
 _SEPARATOR = "__"
 
 
@@ -55,8 +58,24 @@ def environment_layer(
         elif _SEPARATOR in variable:
             right = PREFIX + _SEPARATOR + variable.removeprefix(f"{PREFIX}_").strip("_")
             findings.add(origin, "", f"keys have two underscores before them: write {right}")
+        elif (meant := _nearly(variable, root)) is not None:
+            findings.add(origin, "", f"this says nothing: write {meant}")
         # Any other is one of ours that is no key: FRACTAL_RUNNER_DB.
     return words.layer
+
+
+def _nearly(variable: str, root: Takes) -> str | None:
+    """The variable that is meant by one that has too few underscores, or a letter wrong; None if none is."""
+    rest = _folded(variable.removeprefix(f"{PREFIX}_"))
+    top = root.section().keys if root.section is not None else {}
+    for name, expected in top.items():
+        if rest.startswith(f"{_folded(name)}_"):
+            section = section_of(expected, Origin(ENVIRONMENT, variable), name, Findings())
+            key = rest.removeprefix(f"{_folded(name)}_")
+            if section is not None and key in map(_folded, section.keys):
+                return _SEPARATOR.join((PREFIX, _folded(name).upper(), key.upper()))
+    near = difflib.get_close_matches(variable, _KNOWN, n=1, cutoff=0.9)
+    return near[0] if near and near[0] != variable else None
 
 
 def command_line_layer(

@@ -288,6 +288,8 @@ def test_aliases_of_aliases_are_not_followed_for_ever(layers: Layers) -> None:
             "1G",
             "keys have two underscores before them: write FRACTAL_RUNNER__SLURM__MEM",
         ),
+        ("FRACTAL_RUNNER_SLURM_MEM", "1G", "this says nothing: write FRACTAL_RUNNER__SLURM__MEM"),
+        ("FRACTAL_RUNNER_EXECUTER", "slurm", "this says nothing: write FRACTAL_RUNNER_EXECUTOR"),
         ("FRACTAL_RUNNER__SLURM", "x", "slurm: 'x' is text, and it takes a mapping"),
         (
             "FRACTAL_RUNNER__SLURM__MAX_JOBS",
@@ -399,6 +401,15 @@ def test_null_does_not_take_the_place_of_a_mapping(layers: Layers) -> None:
 
     assert "null may take the place of single values only, and this is a mapping at home" in said
     assert said.endswith("say it key by key")
+
+
+@pytest.mark.parametrize(
+    "variable", ["FRACTAL_RUNNER_DB", "FRACTAL_RUNNER_DASK_WORKER", "FRACTAL_RUNNER_NODE"]
+)
+def test_variables_that_are_no_keys_are_none_of_its_business(layers: Layers, variable: str) -> None:
+    layers.environ[variable] = "x"
+
+    assert layers.load().executor == "thread"
 
 
 # Files
