@@ -23,7 +23,8 @@ _BATCH = 256
 _TICK_S = 0.2
 _BREATHER = 64
 _MANY = 64
-_GATHER_S = 0.005
+_GATHER_S = 0.005, 0.02  # the shortest and the longest time for which units are gathered
+_GATHERED_SHARE = 1 / 8  # of what is in flight
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,7 @@ class Dispatch:
         self._again: deque[Unit] = deque()
         self._refused: list[Ended] = []
         self._ended: queue.SimpleQueue[Future[UnitResult] | None] = queue.SimpleQueue()
+        self._gather_s = _GATHER_S[0]
 
     def batches(self, due_in: Callable[[], float] = lambda: _TICK_S) -> Iterator[list[Ended]]:
         """Units as they end, until all have; an empty batch now and then, to look at other things.
@@ -150,12 +152,13 @@ class Dispatch:
 
     def _collect(self, timeout: float) -> list[Ended]:
         batch: list[Ended] = []
+        in_flight = len(self._in_flight)
         try:
             future = self._ended.get(timeout=timeout)
-            if len(self._in_flight) > _MANY:
+            if in_flight > _MANY:
                 # Each time this thread wakes, a worker waits for the interpreter: a few units together
                 # cost the workers half of what they cost one by one, and the window keeps them busy.
-                time.sleep(_GATHER_S)
+                time.sleep(self._gather_s)
             while True:
                 if future is not None and (unit := self._in_flight.pop(future, None)) is not None:
                     batch.append(_ended(unit, future))
@@ -164,7 +167,18 @@ class Dispatch:
                 future = self._ended.get_nowait()
         except queue.Empty:
             pass
+        if in_flight > _MANY:
+            self._gather_s = _next_gather_s(self._gather_s, len(batch) / min(in_flight, _BATCH))
         return batch
+
+
+def _next_gather_s(last: float, share: float) -> float:
+    """How long to gather units next time, if this share of those in flight has ended in the last one.
+
+    So long that a good many come together, and so short that the window never runs empty.
+    """
+    shortest, longest = _GATHER_S
+    return max(shortest, last / 2) if share > _GATHERED_SHARE else min(longest, last * 1.5)
 
 
 def _ended(unit: Unit, future: Future[UnitResult]) -> Ended:

@@ -149,7 +149,7 @@ class Place:
         stage = self.stage
         prefix = self._prefix(unit)
         return UnitSpec(
-            key=self.key(unit),
+            key=f"{self.keys}{prefix}",
             command=stage.command,
             function=stage.function,
             args=unit.args,
