@@ -88,6 +88,6 @@ def _executor(names: Collection[str], value: str) -> str:
 
 
 def _queue(value: Any) -> Any:
-    if not value.strip():
+    if not value.strip() or not value.isprintable():
         raise ValueError(f"{value!r} is not the name of a queue")
     return value

@@ -407,6 +407,13 @@ def _text(value: Any) -> str | None:
     raise ValueError(f"{value!r} is not a text of at least one character")
 
 
+def _line(value: Any) -> str | None:
+    """What becomes a line of a scheduler's script: with a line's end in it, the rest would be a command."""
+    if (text := _text(value)) is not None and not text.isprintable():
+        raise ValueError(f"{value!r} is not a line of text")
+    return text
+
+
 def _or_none(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda value: None if value is None else parse(value)
 
@@ -434,8 +441,8 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     "memory": _or_none(parse_size),
     "gpus": _from_0,
     "time": _or_none(parse_time),
-    "queue": _text,
-    "account": _text,
+    "queue": _line,
+    "account": _line,
     "timeout": _or_none(parse_time),
     "context_filter": _context_filter,
     "extra": _extra,

@@ -131,7 +131,7 @@ def read_layers(layers: Iterable[UnitLayer]) -> Resources:
 
 
 def _name(of_what: str, value: Any) -> str:
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str) or not value or not value.isprintable():
         raise ValueError(f"{value!r} is not the name of {of_what}")
     return value
 

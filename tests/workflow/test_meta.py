@@ -130,6 +130,8 @@ async def test_on_this_machine_it_means_nothing_and_is_no_mistake(
     ("key", "value", "message"),
     [
         ("partition", "", "'' is not the name of a partition"),
+        ("partition", "a\nrm -r .", r"'a\\nrm -r .' is not the name of a partition"),
+        ("account", "a\nrm -r .", r"'a\\nrm -r .' is not the name of an account"),
         ("partition", ["a"], r"\['a'\] is not the name of a partition"),
         ("account", 7, "7 is not the name of an account"),
         ("tasks_per_job", 0, "0 is not a whole number of at least 1"),
@@ -215,3 +217,9 @@ async def test_what_an_executor_of_one_task_refuses_fails_that_task(
         await run(parallel(), parallel(meta_parallel=meta))
 
     assert query("SELECT state FROM {tasks} ORDER BY position") == ["done", "failed"]
+
+
+@pytest.mark.parametrize("option", ["queue", "account"])
+def test_what_becomes_a_line_of_a_script_is_one_line(option: str) -> None:
+    with pytest.raises(ValueError, match=r"'a\\nrm -r \.' is not a line of text"):
+        CallOptions().replaced(**{option: "a\nrm -r ."})
