@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
+import dask
 import pytest
 from distributed import LocalCluster
 from distributed.utils import offload
@@ -24,7 +25,8 @@ from tests.executors.adapters.knowing import assert_calls_know_what_they_are
 def cluster(own_turn: Turn) -> Iterator[LocalCluster]:
     """Two workers of many threads: calls that were left running keep theirs. From before what looks for
     things that a module of tests leaves behind: it stays."""
-    with own_turn():
+    # Else it would set OMP_NUM_THREADS and the like in this very process, whose other tests mind.
+    with own_turn(), dask.config.set({"distributed.nanny.pre-spawn-environ": {}}):
         made = LocalCluster(  # type: ignore[no-untyped-call]
             n_workers=2,
             threads_per_worker=16,
