@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
@@ -24,6 +23,7 @@ from typing import Any, ClassVar, Self, TypeVar
 
 from fractal_runner.errors import JobExecutionError
 from fractal_runner.executors.account import Calls
+from fractal_runner.executors.arguments import Arguments
 from fractal_runner.executors.calls import Call, CallFuture, CallOptions, TaskInfo, name_of, running_call
 from fractal_runner.executors.mapping import mapped
 from fractal_runner.executors.preview import Previewer
@@ -375,7 +375,7 @@ class Executor(futures.Executor):
         if (args and any(isinstance(value, Future) for value in args)) or (
             kwargs and any(isinstance(value, Future) for value in kwargs.values())
         ):
-            _Arguments(call, self._start_safely).wait()
+            Arguments(call, self._start_safely).wait()
         else:
             self._start_safely(call)
         return future
@@ -459,38 +459,6 @@ class View(Executor):
         self._executor.__exit__(kind, error, traceback)
 
 
-class _Arguments:
-    """The futures among a call's arguments, waited for without a thread. `_lock` guards `_missing`."""
-
-    def __init__(self, call: Call, start: Callable[[Call], None]) -> None:
-        self._call = call
-        self._start = start
-        self._lock = threading.Lock()
-        given = [*call.args, *call.kwargs.values()]
-        self._futures = [value for value in given if isinstance(value, Future)]
-        self._missing = len(self._futures)
-
-    def wait(self) -> None:
-        for future in self._futures:
-            future.add_done_callback(self._arrived)
-
-    def _arrived(self, _: Future[Any]) -> None:
-        with self._lock:
-            self._missing -= 1
-            if self._missing:
-                return
-        call = self._call
-        if call.future.done():  # cancelled meanwhile
-            return
-        try:
-            call.args = tuple(map(_value_of, call.args))
-            call.kwargs = {name: _value_of(value) for name, value in call.kwargs.items()}
-        except BaseException as error:  # the argument's own: a CancelledError, a SystemExit
-            call.fail(error)
-        else:
-            self._start(call)
-
-
 def at_least_one(max_workers: int) -> int:
     """Check a number of workers.
 
@@ -522,7 +490,3 @@ def stopped_error(call: Call, *, left_running: bool = False) -> JobExecutionErro
     """The error of a call that `stop` has ended."""
     left = " It cannot be ended where it runs, and was left running." if left_running else ""
     return JobExecutionError(f"The call {call.name!r} was stopped.{left}", reason=STOPPED)
-
-
-def _value_of(argument: Any) -> Any:
-    return argument.result() if isinstance(argument, Future) else argument
