@@ -24,11 +24,13 @@ demo: .venv/.package .venv-tasks/.ready compiled
 		--workflow-dir $(OUT)/runs/$$(date +%Y%m%d-%H%M%S-%N) --output $(OUT)/dataset.json
 	.venv-tasks/bin/python $(DEMO)/show_nuclei.py $(OUT)/dataset.json $(OUT)/plate.png
 
-# Four at a time, on two cores, too: half of the tests wait for a cluster.
+# Four at a time, on two cores, too: half of the tests wait for a cluster. Those of engines stay together by their
+# files: each process that has some starts Dask or Ray once more.
 test: .venv/.dev .venv-tasks/.ready .venv-cpython/.ready lint compiled
 	.ci/install-postgresql
 	.ci/install-slurm
-	.venv/bin/python -m pytest -n 4 --dist worksteal
+	.venv/bin/python -m pytest -n 4 --dist worksteal --ignore tests/executors/adapters
+	.venv/bin/python -m pytest -n 4 --dist loadfile tests/executors/adapters
 
 # Some of what the tests do ten times, a hundred times, and more of what takes long: an hour on two cores.
 chaos: .venv/.dev compiled

@@ -172,8 +172,7 @@ def _made(config: Config, directory: Path, timeout: float) -> tuple[Executors, o
     name = config.executor
     try:
         factory, arguments = factories.factory_of(name), config.options(name)
-        unusable = getattr(factory, "unusable", None)
-        problem = unusable(arguments) if callable(unusable) else None
+        problem = factories.unusable(name, arguments)
         if problem is None:
             taken, _ = factories.parameters_of(factory)
             choice = (name, patient(arguments, taken, timeout))

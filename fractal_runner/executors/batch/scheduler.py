@@ -230,7 +230,6 @@ class Scheduler(ABC):
             SchedulerError: if it could not be said.
         """
 
-
     def limits(self, *, queue: str | None = None, account: str | None = None) -> SiteLimits:
         """What the site allows, as far as it says: for people who set an executor up.
 
