@@ -71,6 +71,11 @@ class _UnitError(RuntimeError):
         self.dataset = dataset
         self.type_filters = None if type_filters is None else dict(type_filters)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # As by default, but said: for exceptions that do not say it, tblib, which Dask installs for all of
+        # them, makes arguments of their attributes. A raised error is among its own failures.
+        return type(self), self.args, self.__dict__
+
     def __str__(self) -> str:
         return super().__str__() or self._summary()
 

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import hypothesis
 import pytest
+
+pytest.register_assert_rewrite("fractal_runner.testing")  # before any module of tests imports it
+
+# Started in the background, as `make test &`, all would ignore a Ctrl-C, and so would what tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The machine is shared: how long an example takes says nothing, nor how long it takes to make one.
 hypothesis.settings.register_profile(

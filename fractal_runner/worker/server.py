@@ -29,6 +29,7 @@ _TELLING = (b"PYTHONINSPECT", b"PYTHONPROFILEIMPORTTIME", b"PYTHONVERBOSE", b"PY
 # By a named pipe (make 4.4 and newer) anybody can have it.
 _JOBSERVER = re.compile(rb"--jobserver-(auth|fds)=\d+,\d+")
 _TURN_S = 0.05
+_LAST_WORD_S = 5.0
 
 
 class Server:
@@ -57,6 +58,7 @@ class Server:
         self._deadline = time.monotonic() + timeout_s
         self._lock = threading.Lock()  # over what follows
         self._said: str | None = None
+        self._ended: float | None = None  # when the process was seen to have, that was started
         self._heard = b""
 
     @classmethod
@@ -188,7 +190,14 @@ class Server:
         poll.register(self._status, select.POLLIN)
         while b"\n" not in self._heard:
             has_ended = not self.runs()  # asked first: what it has said is in the pipe by then
-            left = 0.0 if has_ended else deadline - time.monotonic()
+            now = time.monotonic()
+            left = deadline - now
+            if has_ended:
+                self._ended = now if self._ended is None else self._ended
+                # A child that is ready kills it, and says so a moment later.
+                patience = _LAST_WORD_S if self._process.returncode == -signal.SIGKILL else 0.0
+                left = min(left, self._ended + patience - now)
+                has_ended = self._ended + patience <= now
             # In short turns: a process that was forked meanwhile may hold the pipe open.
             if poll.poll(max(0.0, min(left, _TURN_S)) * 1000):
                 part = os.read(self._status, 65536)

@@ -10,8 +10,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-pytest.register_assert_rewrite("fractal_runner.testing")
-
 # Processes that Python's and loky's multiprocessing start once and keep until the interpreter ends.
 _KEPT = ("resource_tracker", "forkserver")
 # Their descriptors: a pipe to each of the two trackers; the fork server's socket and pipe, the null

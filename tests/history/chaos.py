@@ -304,17 +304,17 @@ def _die_at(number: int) -> None:
         writes += 1
 
     event.listen(Engine, "commit", wrote)
-    append, replace = Ledger.append, Path.replace
+    write, replace = Ledger.write, Path.replace
 
-    def append_or_die(self: Ledger, record: dict[str, Any]) -> None:
+    def write_or_die(self: Ledger, text: str) -> None:
         wrote()
-        append(self, record)
+        write(self, text)
 
     def replace_or_die(self: Path, target: Any) -> Path:
         wrote()
         return replace(self, target)
 
-    Ledger.append = append_or_die  # type: ignore[method-assign]
+    Ledger.write = write_or_die  # type: ignore[method-assign]
     Path.replace = replace_or_die  # type: ignore[method-assign,assignment]
 
 

@@ -111,19 +111,19 @@ async def test_a_unit_whose_end_found_no_space_anywhere_is_run_again(
     small = disk("1m")
     path = small.place / "history.sqlite"
     run = NotedRun(tmp_path)
-    append = Ledger.append
+    write = Ledger.write
     is_full = threading.Event()
 
-    def append_while_there_is_space(self: Ledger, record: dict[str, Any]) -> None:
+    def write_while_there_is_space(self: Ledger, text: str) -> None:
         if is_full.is_set():
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.path)
-        append(self, record)
+        write(self, text)
 
     def fill() -> None:
         small.fill()
         is_full.set()
 
-    monkeypatch.setattr(Ledger, "append", append_while_there_is_space)
+    monkeypatch.setattr(Ledger, "write", write_while_there_is_space)
     await fail_in_mid_run(run, fill, history=path)
     assert run.ended()["second", run.units - 1] == 1
     assert ("second", run.units - 1) not in run.evidenced() | run.recorded(path)

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from fractal_runner.worker import processes
+from fractal_runner.worker import server as server_module
 from fractal_runner.worker.server import Server
 from fractal_runner.worker.targets import Target
 from fractal_runner.worker.warm import ColdStart, ask
@@ -400,3 +401,19 @@ def test_two_threads_wait_for_one_server(bench: Bench) -> None:
 def test_targets_are_the_key_of_a_server() -> None:
     assert Target("python", (), "script", "a", 2) == Target("python", (), "script", "a", 1)
     assert len({Target("python", (), "script", "a", 2), Target("python", ("-u",), "script", "a", 3)}) == 2
+
+
+def test_a_server_that_is_slow_to_say_that_it_is_ready_is_not_taken_for_one_that_has_ended(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its child kills it first, and may lose the processor before it tells."""
+    here = Path(processes.__file__).parent
+    text = (here / "forkserver.py").read_text()
+    says = '    os.write(status, b"ready %d'
+    assert text.count(says) == 1
+    (tmp_path / "forkserver.py").write_text(text.replace(says, f"    time.sleep(1)\n{says}"))
+    boot = tmp_path / "forkboot.py"
+    boot.write_text((here / "forkboot.py").read_text())
+    monkeypatch.setattr(server_module, "_FORKSERVER", str(boot))
+
+    bench.same(bench.script("print('here')\n"))

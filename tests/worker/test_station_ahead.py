@@ -75,10 +75,10 @@ def test_it_ends_while_it_still_imports(site: Site, ending: str) -> None:
     words, later = site.quick(), site.quick("later.py", more="import for_ever\n")
     site.bench.write("for_ever.py", "import time\ntime.sleep(600)\n")
     assert run_unit(site.spec(words, terms={"ahead": ahead(site, later)})).start == WARM
+    until(lambda: len(site.imports) == 2)
     getattr(site.station, ending)()
 
     until(lambda: site.left() == [])
-    assert len(site.imports) == 2
     assert not any(name.endswith(".json") for name in site.files())
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import multiprocessing
 import pickle
+import subprocess
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -200,6 +202,23 @@ async def test_a_raised_error_keeps_everything_through_a_process_boundary(
     assert [(type(one), str(one), vars(one)["returncode"]) for one in there.failures] == [
         (type(one), str(one), one.returncode) for one in error.failures
     ]
+
+
+def test_an_error_among_its_own_failures_keeps_all_where_dask_changes_how_errors_are_pickled() -> None:
+    script = (
+        "import pickle, tblib.pickling_support\n"
+        "from fractal_runner import JobExecutionError\n"
+        "tblib.pickling_support.install()\n"
+        "error = JobExecutionError('It died.', returncode=-9, reason='SIGKILL')\n"
+        "error.failures = (error, JobExecutionError('Another.', returncode=-15))\n"
+        "there = pickle.loads(pickle.dumps(error))\n"
+        "assert there.failures[0] is there\n"
+        "print(str(there), there.returncode, there.reason, there.failures[1].returncode)\n"
+    )
+    words = [sys.executable, "-c", script]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+
+    assert (done.stdout, done.stderr) == ("It died. -9 SIGKILL -15\n", "")
 
 
 async def test_outputs_that_contradict_each_other_fail_the_task_with_all_attributes(
