@@ -157,8 +157,8 @@ class Dispatch:
             future = self._ended.get(timeout=timeout)
             if in_flight > _MANY:
                 # Each time this thread wakes, a worker waits for the interpreter: a few units together
-                # cost the workers half of what they cost one by one, and the window keeps them busy.
-                time.sleep(self._gather_s)
+                # cost the workers half of what they cost one by one.
+                time.sleep(self._gather_s)  # the window keeps the workers busy meanwhile
             while True:
                 if future is not None and (unit := self._in_flight.pop(future, None)) is not None:
                     batch.append(_ended(unit, future))

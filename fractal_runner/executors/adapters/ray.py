@@ -106,7 +106,7 @@ class RayExecutor(Executor):
             self._manager = Manager(
                 instance, self._calls, max_workers=self.max_workers, host=host, name=self.name
             )
-        except BaseException:
+        except BaseException:  # a Ctrl-C, too: nobody else would let go of the instance
             release(instance)
             raise
         wait_at_exit(self._manager)

@@ -157,8 +157,7 @@ class Submitting:
                 if not self._pack(items):
                     self._waiting[group] = items
                     break
-        except Exception as error:
-            # A defect of ours, or needs that do not fit: nobody else would ever end those that are in no job.
+        except Exception as error:  # a defect, or needs that do not fit: nobody else would ever end these
             for item in everyone:
                 if item.job is None:
                     item.fail(error)

@@ -299,7 +299,7 @@ class Desk(SchedulerPlugin):
     async def _tick(self) -> None:
         while True:
             self._scale()
-            await asyncio.sleep(min(1.0, self._terms.launch_interval))
+            await asyncio.sleep(min(1.0, self._terms.launch_interval))  # what it does is due by the clock
 
     def _scale(self) -> None:
         """Start what is missing, a batch per interval; end what has had no work for long."""

@@ -98,7 +98,7 @@ class ForeignEngine:
         self._client: Any
         try:
             threads = self._thread.begin(self._open()).result(_CONNECT_S + _ANSWER_S)
-        except Exception as error:
+        except Exception as error:  # whatever Dask raises: there are threads to be ended
             self._thread.stop()
             self._deliverer.stop()
             raise ExecutorError(f"There is no Dask scheduler at {self._where}: {error}") from error
@@ -157,7 +157,7 @@ class ForeignEngine:
                 await client.close()
                 if attempt == _ATTEMPTS:
                     raise
-            except BaseException:
+            except BaseException:  # being cancelled, too, must leave no connection behind
                 await client.close()
                 raise
         self._client = client

@@ -138,8 +138,7 @@ class Manager:
         try:
             while not self._is_done():
                 self._turn()
-        except BaseException as error:
-            # A defect, or Ray's own: the calls must end all the same.
+        except BaseException as error:  # a defect, or Ray's own: the calls must end all the same
             _logger.exception("%s: calls cannot be seen through Ray any more", self._name)
             self._broken = error
             running = [visit.item for visit in self._running.values() if visit.item is not None]
